@@ -1,0 +1,1 @@
+"""The mathematics: what a stream remembers, what the network sees, what it forecasts. Torch and safetensors only."""

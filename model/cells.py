@@ -1,0 +1,104 @@
+"""Recurrent cells written out gate by gate, and stacks of them.
+
+torch's fused kernels are faster over many steps, and hide everything. Here every gate has a name and can be looked
+at; a test holds that both agree. The gates are those of Gers, Schmidhuber and Cummins (2000), "Learning to forget":
+an LSTM (Hochreiter and Schmidhuber 1997) with a forget gate, as torch and every textbook have it.
+
+    f_t = sigmoid(W_f x_t + U_f h_{t-1} + b_f)      what is kept of C_{t-1}
+    i_t = sigmoid(W_i x_t + U_i h_{t-1} + b_i)      how much of the candidate is written
+    g_t = tanh   (W_g x_t + U_g h_{t-1} + b_g)      the candidate, also written C-tilde
+    o_t = sigmoid(W_o x_t + U_o h_{t-1} + b_o)      how much of the cell is shown
+    C_t = f_t * C_{t-1} + i_t * g_t                 the constant error carousel
+    h_t = o_t * tanh(C_t)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+GATES: dict[str, tuple[str, ...]] = {"lstm": ("input", "forget", "candidate", "output"), "rnn": ()}
+"""The names of each cell's gates, in the order in which torch stacks their weights."""
+
+
+class CellState(NamedTuple):
+    """After a step of one layer: h and C [B, hidden]; gates [B, gates, hidden]. An RNN has no gates, and hands C
+    through untouched.
+    """
+
+    h: Tensor
+    c: Tensor
+    gates: Tensor
+
+
+def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, u: Tensor, b: Tensor) -> CellState:
+    """One step of an LSTM cell, gate by gate.
+
+    x [B, inputs]; h, c [B, hidden]; w [4 hidden, inputs] and u [4 hidden, hidden] as in `nn.LSTM`'s weight_ih and
+    weight_hh (gates stacked i, f, g, o); b [4 hidden], the sum of its two biases.
+    """
+    sums = torch.addmm(torch.addmm(b, x, w.T), h, u.T)
+    input_sum, forget_sum, candidate_sum, output_sum = sums.chunk(4, dim=1)
+    i, f = torch.sigmoid(input_sum), torch.sigmoid(forget_sum)
+    g, o = torch.tanh(candidate_sum), torch.sigmoid(output_sum)
+    c = f * c + i * g
+    return CellState(o * torch.tanh(c), c, torch.stack((i, f, g, o), dim=1))
+
+
+def rnn_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, u: Tensor, b: Tensor) -> CellState:
+    """One step of the plain recurrent cell of Elman (1990): h_t = tanh(W x_t + U h_{t-1} + b). Its C is left as it is.
+
+    Shapes as for `lstm_cell`, with one gate's weights instead of four.
+    """
+    h = torch.tanh(torch.addmm(torch.addmm(b, x, w.T), h, u.T))
+    return CellState(h, c, x.new_empty(x.shape[0], 0, h.shape[1]))
+
+
+class Recurrence(nn.Module):
+    """A stack of recurrent layers, with every gate of the last step in the open.
+
+    The steps before the last go through torch's fused kernel, the last one through the cell written out above; so
+    one step at a time (T = 1) and a whole series at once are the same function.
+    """
+
+    def __init__(self, cell: str, inputs: int, hidden_size: int, layers: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.cell = cell
+        fused = {"lstm": nn.LSTM, "rnn": nn.RNN}[cell]
+        self.fused = fused(inputs, hidden_size, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
+        self.dropout = nn.Dropout(dropout)
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights w, u, b of a layer, as the cells take them."""
+        w, u, b_ih, b_hh = (
+            getattr(self.fused, f"{name}_l{number}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        return w, u, b_ih + b_hh
+
+    def step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, CellState]:
+        """One step of all layers. x [B, inputs]; h, c [B, layers, hidden] -> output [B, hidden], the new state
+        with h, c [B, layers, hidden] and gates [B, layers, gates, hidden].
+        """
+        cell = lstm_cell if self.cell == "lstm" else rnn_cell
+        after: list[CellState] = []
+        for number in range(self.fused.num_layers):
+            x = self.dropout(x) if number else x
+            after.append(cell(x, h[:, number], c[:, number], *self.layer(number)))
+            x = after[-1].h
+        return x, CellState(*(torch.stack(parts, dim=1) for parts in zip(*after, strict=True)))
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, CellState]:
+        """T steps of all layers. x [B, T, inputs]; h, c [B, layers, hidden] -> outputs [B, T, hidden], last state."""
+        if x.shape[1] == 1:
+            output, state = self.step(x[:, 0], h, c)
+            return output[:, None], state
+        before = (h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous())
+        if self.cell == "lstm":
+            outputs, (hs, cs) = self.fused(x[:, :-1], before)
+            c = cs.transpose(0, 1)
+        else:
+            outputs, hs = self.fused(x[:, :-1], before[0])
+        output, state = self.step(x[:, -1], hs.transpose(0, 1), c)
+        return torch.cat((outputs, output[:, None]), dim=1), state

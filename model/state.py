@@ -1,0 +1,71 @@
+"""A stream's state: one row in each of some named tensors.
+
+Every part that remembers declares its tensors here, so that whoever keeps, moves or stores a state (the arena, a
+snapshot, a bundle's check) needs to know no part by name. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Rows = dict[str, Tensor]
+"""A state of B streams: name -> tensor [B, *shape]."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor of a stream's state: the shape of a row, its dtype, and what a new stream starts from."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    initial: float = 0.0
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+class Schema(tuple[TensorSpec, ...]):
+    """The tensors that make up one stream's state, in a fixed order. Raises ValueError if a name stands twice.
+
+    >>> schema = Schema([TensorSpec("h", (2, 4), torch.float32), TensorSpec("count", (), torch.int64)])
+    >>> {name: tuple(rows.shape) for name, rows in schema.initial(3).items()}
+    {'h': (3, 2, 4), 'count': (3,)}
+    >>> schema.row_bytes
+    40
+    """
+
+    def __new__(cls, specs: Iterable[TensorSpec]) -> Schema:
+        schema = super().__new__(cls, specs)
+        names = [spec.name for spec in schema]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a state's tensors must have different names, not {names}")
+        return schema
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(spec.row_bytes for spec in self)
+
+    def initial(self, streams: int) -> Rows:
+        """The state of `streams` new streams."""
+        return {spec.name: torch.full((streams, *spec.shape), spec.initial, dtype=spec.dtype) for spec in self}
+
+    def check(self, rows: Mapping[str, Tensor]) -> int:
+        """The number of streams in `rows`. Raises ValueError, naming the tensor, if it is not of this schema."""
+        if missing := {spec.name for spec in self} ^ set(rows):
+            raise ValueError(f"a state needs the tensors {[spec.name for spec in self]}; odd: {sorted(missing)}")
+        streams = {int(tensor.shape[0]) for tensor in rows.values() if tensor.ndim}
+        if len(streams) != 1:
+            raise ValueError(f"the tensors of a state must have as many rows each, not {sorted(streams)}")
+        for spec in self:
+            tensor = rows[spec.name]
+            if tuple(tensor.shape[1:]) != spec.shape or tensor.dtype != spec.dtype:
+                raise ValueError(
+                    f"{spec.name} must be {spec.dtype} {spec.shape}, not {tensor.dtype} {tuple(tensor.shape[1:])}"
+                )
+        return streams.pop()
