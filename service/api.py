@@ -1,0 +1,323 @@
+"""The HTTP API: routes, what they say of themselves in OpenAPI, and how errors are told.
+
+The only file that imports FastAPI. What routes answer is computed in `predict` and `views`; what requests and answers
+look like stands in `schemas`.
+"""
+# No `from __future__ import annotations` here: FastAPI reads annotations, some of which name what is local.
+
+import email.message
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Annotated, Any, Protocol
+
+import orjson
+from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from prometheus_client.exposition import choose_encoder
+from starlette.exceptions import HTTPException
+
+from model.config import ModelConfig
+from service import schemas, views
+from service.engine import Engine
+from service.errors import Refused
+from service.events import EventHub, Subscription
+from service.guard import PROBLEM_TYPE, Guard, problem
+from service.metrics import Metrics
+from service.predict import Predictor
+from service.settings import Settings
+
+DESCRIPTION = """Forecasts of live streams, and what is known of them.
+
+Times are epoch milliseconds. Forecasts are quantiles, in each series' own unit. Errors are problems after RFC 9457.
+A stream id may have slashes in a path as they are."""
+EXAMPLE_STREAM = "sensor-1"
+EXAMPLE_TS_MS = 1_795_132_800_000
+"""2026-11-20, a Friday, 00:00 UTC: on most grids."""
+ERRORS_TOLD_MAX = 10
+STREAMS_ASKED_MAX = 100
+
+WHY = {
+    404: "This worker has heard no such stream.",
+    408: "The body did not come in time.",
+    413: "The body is larger than the service reads.",
+    415: "The body is not JSON, or is compressed.",
+    422: "Something is not as it must be: `errors` names the fields at fault, and never repeats a value.",
+    500: "A fault of the service; `detail` has the id under which its log tells more.",
+    503: "Not now: come again after `Retry-After` seconds.",
+}
+
+StreamPath = Annotated[schemas.StreamId, Path(examples=[EXAMPLE_STREAM])]
+
+
+class Pulse(Protocol):
+    """What the API asks of the worker."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+
+def create_app(engine: Engine, worker: Pulse, settings: Settings, metrics: Metrics, hub: EventHub) -> FastAPI:
+    """The API of one worker as an ASGI application; `hub` is where the worker publishes its forecasts."""
+    app = FastAPI(
+        title="Carousel",
+        version="1",
+        description=DESCRIPTION,
+        docs_url=None,  # these pages would load scripts from the internet
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=failures(500),
+    )
+    app.router.route_class = JsonRoute
+    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, seconds=metrics.http_seconds)
+    _add_errors(app, worker)
+    _add_predict(app, Predictor(engine))
+    _add_streams(app, engine, Predictor(engine))
+    _add_events(app, hub)
+    _add_operations(app, worker, metrics)
+    _describe(app)
+    return app
+
+
+def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How OpenAPI tells the errors that a route may answer."""
+    content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": WHY[status], "content": content} for status in statuses}
+
+
+def _describe(app: FastAPI) -> None:
+    """Add the schema of problems, which FastAPI takes from no route, to the API's description."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        described = plain()
+        models = schemas.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        described["components"]["schemas"] |= models.pop("$defs") | {"Problem": models}
+        return described
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+class JsonRequest(Request):
+    """A request whose body is read by orjson."""
+
+    async def json(self) -> Any:
+        """The body. Raises JSONDecodeError if it is not JSON in UTF-8."""
+        body = await self.body()
+        try:
+            return orjson.loads(body)
+        except orjson.JSONDecodeError:
+            try:  # Python's parser takes NaN and 1e400 too: so validation can say which field has them
+                return json.loads(body.decode())
+            except (ValueError, RecursionError):
+                pass
+            raise
+
+
+class JsonRoute(APIRoute):
+    """A route that takes no body but JSON."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            if self.body_field and not _is_json(request.headers.get("content-type", "")):
+                raise Refused(415, "send the body as Content-Type: application/json")
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+def _is_json(content_type: str) -> bool:
+    message = email.message.Message()
+    message["content-type"] = content_type
+    return message.get_content_type() == "application/json"
+
+
+def json_answer(content: Any) -> Response:
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+
+
+def _add_errors(app: FastAPI, worker: Pulse) -> None:
+    @app.exception_handler(HTTPException)
+    async def told(_: Request, error: HTTPException) -> Response:
+        """Of Starlette: no such path, or no such method on it."""
+        headers, body = problem(error.status_code, str(error.detail))
+        return Response(body, error.status_code, {**headers, **(error.headers or {})})
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return _unprocessable([(one["loc"], one["msg"]) for one in error.errors()[:ERRORS_TOLD_MAX]])
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        if error.status == 422:
+            return _unprocessable([(error.loc, str(error))])
+        status, detail = error.status, str(error)
+        if status == 404 and not worker.ready:
+            status, detail = 503, f"{detail}, and is not ready yet"
+        headers, body = problem(status, detail)
+        return Response(body, status, headers)
+
+
+def _unprocessable(errors: Sequence[tuple[Sequence[str | int], str]]) -> Response:
+    """422: what is wrong with each field. Names of fields may come from the request: they are made harmless."""
+    told = [
+        {"loc": [part if isinstance(part, int) else _printable(part) for part in loc], "msg": msg}
+        for loc, msg in errors
+    ]
+    detail = f"{'.'.join(map(str, told[0]['loc']))}: {told[0]['msg']}"
+    headers, body = problem(422, detail, told)
+    return Response(body, 422, headers)
+
+
+def _printable(name: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:64])
+
+
+def _add_predict(app: FastAPI, predictor: Predictor) -> None:
+    examples = _predict_examples(predictor.config)
+
+    @app.post(
+        "/v1/predict",
+        summary="Forecast a live stream, a history, or what if",
+        response_model=schemas.Forecast,
+        responses=failures(404, 408, 413, 415, 422, 503),
+    )
+    def predict(request: Annotated[schemas.PredictRequest, Body(openapi_examples=examples)]) -> Response:
+        """With `stream` alone: the forecast that stands open in the stream's live state, as it was last written to
+        the forecasts topic. With `history` alone: from nothing but these observations. With both: a what-if that goes
+        on from the live state, and leaves it as it was.
+        """
+        return json_answer(predictor.predict(request))
+
+
+def _predict_examples(config: ModelConfig) -> dict[str, Any]:
+    """Requests that run, given a stream of that name which was last heard before."""
+    step_ms = config.step_ms or 1_000
+    history = [{"ts": EXAMPLE_TS_MS + n * step_ms, "value": 20.0 + n} for n in range(3)]
+    few = [config.quantiles[0], config.quantiles[-1]]
+    bodies = {
+        "A live stream": {"stream": EXAMPLE_STREAM},
+        "A history": {"history": history, "horizon": min(3, config.horizon), "quantiles": few},
+        "A what-if": {"stream": EXAMPLE_STREAM, "history": history},
+    }
+    return {name: {"value": body} for name, body in bodies.items()}
+
+
+def _once(request: Request) -> None:
+    """A parameter that stands twice is not silently taken as it stands last."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in names:
+        if names.count(name) > 1:
+            raise Refused(422, "give it once", ("query", name))
+
+
+def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor) -> None:
+    @app.get("/v1/model", summary="The model that is served", response_model=schemas.Model)
+    def model() -> Response:
+        """Its sizes, how it was trained and how it did in its backtest."""
+        return json_answer(views.model(engine))
+
+    @app.get(
+        "/v1/streams",
+        summary="List live streams",
+        response_model=schemas.StreamPage,
+        responses=failures(422),
+        dependencies=[Depends(_once)],
+    )
+    def streams(page: Annotated[schemas.Page, Query()]) -> Response:
+        """In the order of their ids, a page at a time."""
+        return json_answer(views.page(engine, page.limit, page.after, page.q))
+
+    errors = failures(404, 422, 503)
+
+    @app.get(
+        "/v1/streams/{stream:path}/state",
+        summary="What the model remembers of a stream",
+        response_model=schemas.StreamState,
+        responses=errors,
+    )
+    def state(stream: StreamPath) -> Response:
+        """Hidden state h, cell state C and the last step's gates, layer by layer, and the units it is seen in."""
+        return json_answer(views.inside(engine.config, *views.find(engine, stream)))
+
+    @app.get(
+        "/v1/streams/{stream:path}/history",
+        summary="A stream's recent past",
+        response_model=schemas.StreamHistory,
+        responses=errors,
+    )
+    def history(stream: StreamPath) -> Response:
+        """The last observations, each beside what had been forecast for it one step before."""
+        return json_answer(views.history(engine, *views.find(engine, stream)))
+
+    @app.get(
+        "/v1/streams/{stream:path}", summary="A live stream", response_model=schemas.StreamDetail, responses=errors
+    )
+    def detail(stream: StreamPath) -> Response:
+        """Its last value, count and live scores, and its open forecast."""
+        key, state = views.find(engine, stream)
+        (summary,) = views.summaries(engine, [key], state)
+        return json_answer({**summary, "forecast": predictor.tell(stream, state)})
+
+
+def _add_events(app: FastAPI, hub: EventHub) -> None:
+    async def subscribe(
+        stream: Annotated[
+            list[schemas.StreamId],
+            Query(
+                default_factory=list,
+                max_length=STREAMS_ASKED_MAX,
+                description="Only events of this stream; may be given many times. Without it, those of all.",
+            ),
+        ],
+    ) -> AsyncIterator[Subscription]:
+        with hub.subscribe(frozenset(stream)) as subscription:
+            yield subscription
+
+    @app.get(
+        "/v1/events",
+        summary="Forecasts as they are made",
+        response_class=EventSourceResponse,
+        responses=failures(422, 503),
+    )
+    async def events(subscription: Annotated[Subscription, Depends(subscribe)]) -> AsyncIterator[ServerSentEvent]:
+        """Server-sent events named `forecast`, from now on: the data of each is a record of the forecasts topic, which
+        has the observation too. Ids count up from 1; a gap in them tells how many events were dropped because they
+        were read too slowly. A comment comes every 15 s when nothing else does.
+        """
+        async for number, record in subscription:
+            yield ServerSentEvent(id=str(number), event="forecast", raw_data=record.decode())
+
+
+def _add_operations(app: FastAPI, worker: Pulse, metrics: Metrics) -> None:
+    # Asynchronous, so that they answer even while every thread for requests is busy.
+    @app.get("/livez", summary="Is the worker alive?", response_model=schemas.Health, responses=failures(503))
+    async def livez() -> Response:
+        """200 while the worker's loop turns; else restart it."""
+        if not worker.alive:
+            raise Refused(503, "the worker's loop has not turned for too long")
+        return json_answer({"status": "alive"})
+
+    @app.get("/readyz", summary="Is the worker ready?", response_model=schemas.Health, responses=failures(503))
+    async def readyz() -> Response:
+        """200 while the worker takes part in its group and has its streams."""
+        if not worker.ready:
+            raise Refused(503, "the worker is not (or no longer) a settled member of its group")
+        return json_answer({"status": "ready"})
+
+    @app.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    def exposition(request: Request) -> Response:
+        """In the text format that the scraper asks for."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), headers={"content-type": content_type})

@@ -1,0 +1,55 @@
+"""What can go wrong, in three kinds.
+
+A record that cannot be used is `Rejected` and becomes a dead letter; nothing else notices. A request over HTTP that
+cannot be answered is a `Refused`. What stops the service is a `ServiceError`, and its message is the one line that
+the operator reads.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from model.errors import CarouselError
+
+
+class Reason(StrEnum):
+    """Why a record became a dead letter: stable codes that producers may match on."""
+
+    DECODE = "decode"
+    """Not UTF-8, not JSON, not an object, or nested too deeply."""
+    SCHEMA = "schema"
+    """A field is missing, unknown, or of the wrong type."""
+    VALUE = "value"
+    """A number that is none: NaN, infinite, or too large for a double."""
+    RANGE = "range"
+    """A finite value beyond the range that the service accepts."""
+    SHAPE = "shape"
+    """Covariates that the model does not know."""
+    KEY = "key"
+    """No stream id, an unusable one, or two that differ."""
+    TIME = "time"
+    """A time that cannot be read, lies too far back or ahead, or in a hole of the model's grid."""
+    SIZE = "size"
+    """A value larger than the service reads."""
+    LIMIT = "limit"
+    """One stream more than the service may hold."""
+
+
+class Rejected(Exception):
+    """A record that becomes a dead letter. The message says why, in one line, without the payload."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Refused(Exception):
+    """An HTTP request that cannot be answered: its status, a detail that says what to do, and the field at fault."""
+
+    def __init__(self, status: int, detail: str, loc: tuple[str | int, ...] = ()) -> None:
+        super().__init__(detail)
+        self.status, self.loc = status, loc
+
+
+class ServiceError(CarouselError):
+    """The service cannot go on. The message is one line that says what is wrong and what to do."""

@@ -1,0 +1,122 @@
+"""What operators see: Prometheus metrics, updated once a wave. Labels are few and bounded; a stream is never one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from service.errors import Reason
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+ROWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
+OUTCOMES = ("observed", "missing", "duplicate", "late", "ended", "rejected")
+
+
+class BatchHistogram(Collector):
+    """A histogram that takes many values at once: prometheus_client's own takes one, at 1.7 us each."""
+
+    def __init__(self, name: str, documentation: str, buckets: Iterable[float], registry: CollectorRegistry) -> None:
+        self.name, self.documentation = name, documentation
+        self.bounds = np.array([*buckets, np.inf])
+        self.counts = np.zeros(len(self.bounds), dtype=np.int64)
+        self.sum = 0.0
+        registry.register(self)
+
+    def observe(self, values: ArrayLike) -> None:
+        """Count each of `values` (a number or an array of any shape)."""
+        values = np.atleast_1d(np.asarray(values, dtype=float))
+        places = np.searchsorted(self.bounds, values)
+        self.counts = self.counts + np.bincount(places.ravel(), minlength=len(self.bounds))
+        self.sum += float(values.sum())
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        buckets = [
+            (floatToGoString(bound), float(count))  # type: ignore[no-untyped-call]
+            for bound, count in zip(self.bounds, np.cumsum(self.counts), strict=True)
+        ]
+        yield HistogramMetricFamily(self.name, self.documentation, buckets=buckets, sum_value=self.sum)
+
+
+class Metrics:
+    """The metrics of one worker, on a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.build = Info("carousel_build", "Version of Carousel, and what it serves.", registry=registry)
+        self.model = Info("carousel_model", "The model that is served.", registry=registry)
+        self.consumed = Counter(
+            "carousel_records_consumed_total", "Records read from Kafka.", ["topic"], registry=registry
+        )
+        observations = Counter(
+            "carousel_observations_total",
+            "Records by what became of them: observed and missing ones move their stream on; duplicate and late ones"
+            " change nothing; ended ones end their stream; rejected ones are dead letters.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.observations = {outcome: observations.labels(outcome) for outcome in OUTCOMES}
+        rejected = Counter("carousel_records_rejected_total", "Dead letters by reason.", ["reason"], registry=registry)
+        self.rejected = {reason: rejected.labels(reason.value) for reason in Reason}
+        self.forecasts = Counter(
+            "carousel_forecasts_produced_total", "Forecasts delivered to Kafka.", registry=registry
+        )
+        self.bridged = Counter(
+            "carousel_steps_bridged_total", "Missing steps made up for gaps in streams.", registry=registry
+        )
+        self.restarted = Counter(
+            "carousel_streams_restarted_total", "Streams that began afresh after a gap too long.", registry=registry
+        )
+        self.wave_rows = BatchHistogram("carousel_wave_rows", "Streams advanced together in a wave.", ROWS, registry)
+        self.wave_seconds = BatchHistogram(
+            "carousel_wave_duration_seconds", "Time of a wave: gather, advance, scatter, encode.", SECONDS, registry
+        )
+        self.step_seconds = BatchHistogram(
+            "carousel_step_duration_seconds", "Time of the model's step in a wave.", SECONDS, registry
+        )
+        self.commit_seconds = BatchHistogram(
+            "carousel_commit_duration_seconds", "Time to deliver forecasts and commit offsets.", SECONDS, registry
+        )
+        self.end_to_end_seconds = BatchHistogram(
+            "carousel_end_to_end_latency_seconds",
+            "From an observation record's timestamp to its forecast's delivery.",
+            SECONDS,
+            registry,
+        )
+        self.lag = Gauge(
+            "carousel_consumer_lag_records",
+            "Records in a partition that were not yet read.",
+            ["topic", "partition"],
+            registry=registry,
+        )
+        self.streams = Gauge("carousel_active_streams", "Streams with a state in this worker.", registry=registry)
+        self.state_bytes = Gauge("carousel_state_bytes", "Bytes of the states in use.", registry=registry)
+        self.ready = Gauge("carousel_ready", "1 while the worker is a member of its group.", registry=registry)
+        self.scored = Counter(
+            "carousel_intervals_scored_total",
+            "One-step forecast intervals whose truth came, by the interval's level.",
+            ["level"],
+            registry=registry,
+        )
+        self.hits = Counter(
+            "carousel_intervals_hit_total",
+            "One-step forecast intervals that held their truth, by the interval's level.",
+            ["level"],
+            registry=registry,
+        )
+        self.http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "Time from an HTTP request's headers to its answer's, by route template; unknown paths are `none`.",
+            ["handler", "method", "status"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.event_readers = Gauge("carousel_event_readers", "Open requests to /v1/events.", registry=registry)
+        self.events_dropped = Counter(
+            "carousel_events_dropped_total", "Events not sent because their reader was too slow.", registry=registry
+        )

@@ -1,0 +1,160 @@
+"""Forecasts on request: from a live state, from a history alone, or what would be if a live stream went on so.
+
+Nothing here moves a live stream: all work is on copies, outside the engine's lock.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.features import Block
+from model.grid import Int64s
+from model.state import Rows
+from service import grid
+from service.engine import Engine
+from service.errors import Refused, Rejected
+from service.records import check_time, check_value, quantile_key, read_covariates, read_time
+from service.schemas import GivenObservation, PredictRequest
+from service.views import find
+
+AT_ONCE = 2
+"""Histories computed at a time: the worker needs the machine too."""
+PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Given:
+    """A history as columns. ts_ms [n] int64; values [n] float64; covariates [n, K] float64; NaN where missing."""
+
+    ts_ms: Int64s
+    values: NDArray[np.float64]
+    covariates: NDArray[np.float64]
+
+
+class Predictor:
+    """Answers predict requests. May be used from any thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.config, self.limits = engine, engine.config, engine.limits
+        self.max_steps = engine.settings.max_history_steps
+        self._turns = threading.BoundedSemaphore(AT_ONCE)
+
+    def predict(self, request: PredictRequest) -> dict[str, Any]:
+        """The fields of a forecast record, cut as asked for, with `timestamps`. Raises Refused."""
+        if request.stream is None and request.history is None:
+            raise Refused(422, "give a `stream`, a `history`, or both", ("body",))
+        horizon, quantiles = self._horizon(request), self._quantiles(request)
+        given = self._read(request.history) if request.history is not None else None
+        state = find(self.engine, request.stream)[1] if request.stream else self.engine.arena.schema.initial(1)
+        if given:
+            with self._turn():
+                state = self._continue(state, given)
+        fields = self.tell(request.stream, state)
+        return {
+            **fields,
+            "quantiles": {key: values[:horizon] for key, values in fields["quantiles"].items() if key in quantiles},
+            "timestamps": fields["timestamps"] and fields["timestamps"][:horizon],
+        }
+
+    def tell(self, stream: str | None, state: Rows) -> dict[str, Any]:
+        """The forecast that stands open in a state [1, ...], with the time that each of its steps is for."""
+        (fields,) = self.engine.describe([stream or ""], state)
+        ahead = fields["slot"] + np.arange(1, self.config.horizon + 1)
+        times = self.config.grid.time_of(ahead).tolist() if self.config.grid else None
+        return {**fields, "stream": stream, "timestamps": times}
+
+    def _horizon(self, request: PredictRequest) -> int:
+        most = self.config.horizon
+        if request.horizon is not None and request.horizon > most:
+            raise Refused(422, f"the model forecasts {most} steps; ask for 1 to {most}", ("body", "horizon"))
+        return request.horizon or most
+
+    def _quantiles(self, request: PredictRequest) -> set[str]:
+        known = [quantile_key(quantile) for quantile in self.config.quantiles]
+        wanted = set(known if request.quantiles is None else map(quantile_key, request.quantiles))
+        if not wanted <= set(known):
+            raise Refused(422, f"the model has the quantiles {', '.join(known)}, and no others", ("body", "quantiles"))
+        return wanted
+
+    def _read(self, history: Sequence[GivenObservation]) -> Given:
+        """The history as columns. Raises Refused, naming the field, where it does not hold what the worker takes."""
+        if len(history) > self.max_steps:
+            raise Refused(422, f"at most {self.max_steps} observations (max_history_steps)", ("body", "history"))
+        ts_ms, values, covariates = [], [], []
+        field = "ts"
+        try:
+            for observation in history:
+                field = "ts"
+                ts_ms.append(check_time(read_time(observation.ts), self.limits))
+                field, value = "value", observation.value
+                values.append(math.nan if value is None else check_value(value, self.limits.max_abs_value))
+                field = "covariates"
+                covariates.append(read_covariates(observation.covariates, self.limits))
+        except Rejected as error:
+            raise Refused(422, str(error), ("body", "history", len(covariates), field)) from error
+        known = np.array(covariates, dtype=float).reshape(len(history), len(self.config.covariates))
+        return Given(np.array(ts_ms, dtype=np.int64), np.array(values, dtype=float), known)
+
+    def _continue(self, state: Rows, given: Given) -> Rows:
+        """The state [1, ...] after the history, all of whose steps go at once."""
+        last_slot, last_ts_ms = int(state["slot"]), int(state["ts_ms"])
+        self._check_after(given, last_slot, last_ts_ms)
+        placed = grid.place_in_turn(self.config, given.ts_ms, last_slot, last_ts_ms)
+        if placed.hole.any():
+            at = int(placed.hole.argmax())
+            raise Refused(422, "the time falls into a hole of the model's grid", ("body", "history", at, "ts"))
+        chosen = np.flatnonzero(placed.fresh)
+        restarts = np.flatnonzero(placed.afresh)
+        if len(restarts):
+            chosen = chosen[chosen >= restarts[-1]]
+            state = self.engine.arena.schema.initial(1)
+        begun = int(state["count"]) > 0
+        slot = placed.slot[chosen]
+        first = last_slot + 1 if begun else int(slot[0])
+        _, after = self.engine.forecaster.advance(state, self._block(given, chosen, slot, first), last=1)
+        return {
+            **after,
+            "slot": torch.from_numpy(slot[-1:]),
+            "ts_ms": torch.from_numpy(given.ts_ms[chosen[-1:]]),
+            "count": state["count"] + len(chosen),
+        }
+
+    def _check_after(self, given: Given, last_slot: int, last_ts_ms: int) -> None:
+        """Raises Refused for an observation that is not after the live state's last one."""
+        last = np.full(len(given.ts_ms), last_slot), np.full(len(given.ts_ms), last_ts_ms)
+        placed = grid.place(self.config, given.ts_ms, *last)
+        past = placed.late | placed.duplicate
+        if past.any():
+            detail = f"the stream's last observation was at {last_ts_ms}: a what-if goes on from the step after it"
+            raise Refused(422, detail, ("body", "history", int(past.argmax()), "ts"))
+
+    def _block(self, given: Given, chosen: Int64s, slot: Int64s, first: int) -> Block:
+        """The steps `first` ... the last slot, NaN where `chosen` have none."""
+        steps = int(slot[-1]) - first + 1
+        if steps > self.max_steps:
+            detail = f"{steps} steps with its gaps filled; at most {self.max_steps} (max_history_steps)"
+            raise Refused(422, detail, ("body", "history"))
+        values = np.full((1, steps), np.nan)
+        covariates = np.full((1, steps, len(self.config.covariates)), np.nan)
+        values[0, slot - first] = given.values[chosen]
+        covariates[0, slot - first] = given.covariates[chosen]
+        times = grid.times_of(self.config, np.arange(first, first + steps), given.ts_ms[chosen])  # no clock: no gaps
+        return Block(torch.from_numpy(values), torch.from_numpy(times[None]), torch.from_numpy(covariates))
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._turns.acquire(timeout=PATIENCE_S):
+            raise Refused(503, "too many histories are being computed; come again in a moment")
+        try:
+            yield
+        finally:
+            self._turns.release()

@@ -1,0 +1,265 @@
+"""Kafka records in, Kafka records out: the only file that knows what their bytes mean.
+
+In: an observation, or `Rejected` with a reason. Out: forecasts and dead letters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from service.errors import Reason, Rejected
+
+Headers = Sequence[tuple[str, bytes | None]]
+
+STREAM_ID_MAX = 256
+"""Characters in a stream id."""
+SECOND_MS = 1_000
+DEAD_LETTER_VALUE_MAX = 900_000
+"""Bytes of a value that a dead letter carries whole; Kafka's own limit of a record is 1 MiB by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record as it came from the observations topic. timestamp_ms: -1 where the record has none."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A record that can be used. value and covariates: NaN where not observed; ended: the record was a tombstone."""
+
+    record: Record
+    stream: str
+    ts_ms: int
+    value: float
+    covariates: tuple[float, ...] = ()
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A record to be written. cause_ms: the timestamp of the record that it answers, -1 where that had none."""
+
+    topic: str
+    partition: int
+    key: bytes | None
+    value: bytes
+    headers: Headers = ()
+    cause_ms: int = -1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is accepted of an observation. covariates: the names that the model knows."""
+
+    covariates: tuple[str, ...] = ()
+    max_record_bytes: int = 65_536
+    max_abs_value: float = 1e15
+    earliest_ts_ms: int = 365 * 86_400_000
+    max_ahead_ms: int = 366 * 86_400_000
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True):
+    """The fields of an observation's value. A field that stands twice counts as it stands last."""
+
+    value: float | None
+    ts: Any = msgspec.UNSET
+    covariates: dict[str, float | None] = {}
+    stream: str | msgspec.UnsetType = msgspec.UNSET
+
+
+_decoder = msgspec.json.Decoder(_Body)
+
+
+def parse(record: Record, limits: Limits) -> Observation:
+    """The observation that a record holds. Raises Rejected with the reason if it holds none."""
+    stream = _decode_key(record.key)
+    if record.value is None:
+        if stream is None:
+            raise Rejected(Reason.KEY, "a record without a value ends a stream, and has no key to name it")
+        return Observation(record, stream, record.timestamp_ms, math.nan, ended=True)
+    if len(record.value) > limits.max_record_bytes:
+        raise Rejected(Reason.SIZE, f"{len(record.value)} bytes; at most {limits.max_record_bytes} are read")
+    body = _decode_body(record.value)
+    if body.stream is not msgspec.UNSET:
+        if stream is not None and stream != body.stream:
+            raise Rejected(Reason.KEY, "the key and the field `stream` name different streams")
+        stream = check_stream(body.stream)
+    if stream is None:
+        raise Rejected(Reason.KEY, "no key, and no field `stream`")
+    value = math.nan if body.value is None else check_value(body.value, limits.max_abs_value)
+    covariates = tuple(read_covariates(body.covariates, limits)) if body.covariates or limits.covariates else ()
+    return Observation(record, stream, _time_of(record, body.ts, limits), value, covariates)
+
+
+def _decode_key(key: bytes | None) -> str | None:
+    if not key:
+        return None
+    try:
+        return check_stream(key.decode())
+    except UnicodeDecodeError as error:
+        raise Rejected(Reason.KEY, "the key is not UTF-8") from error
+
+
+def check_stream(stream: str) -> str:
+    """A usable stream id as it is. Raises Rejected for one that is empty, too long, unprintable or a path upwards.
+
+    >>> check_stream("site 7/temperature")
+    'site 7/temperature'
+    """
+    if not 0 < len(stream) <= STREAM_ID_MAX:
+        raise Rejected(Reason.KEY, f"a stream id has 1 to {STREAM_ID_MAX} characters, not {len(stream)}")
+    if not stream.isprintable():
+        raise Rejected(Reason.KEY, "the stream id has characters that cannot be printed")
+    if ".." in stream.split("/"):
+        raise Rejected(Reason.KEY, "the stream id has a part '..'")
+    return stream
+
+
+def _decode_body(value: bytes) -> _Body:
+    try:
+        return _decoder.decode(value)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise _diagnosed(value, error) from error
+
+
+def _diagnosed(value: bytes, error: Exception) -> Rejected:
+    """Why a value could not be decoded; slower than decoding it, but only garbage comes this way.
+
+    Python's own parser takes what is no JSON but written by many programs: NaN, Infinity, 1e400.
+    """
+    odd: list[str] = []
+
+    def number(text: str) -> float:
+        if math.isinf(float(text)):
+            odd.append(text)
+        return float(text)
+
+    try:
+        content = json.loads(value, parse_constant=odd.append, parse_float=number, parse_int=number)
+    except (ValueError, RecursionError):
+        return Rejected(Reason.DECODE, f"the value is not JSON: {error}")
+    if not isinstance(content, dict):
+        return Rejected(Reason.DECODE, "the value is not a JSON object")
+    if odd:
+        return Rejected(Reason.VALUE, "a number is not finite, or too large for a double")
+    return Rejected(Reason.SCHEMA, str(error))
+
+
+def check_value(value: float, max_abs_value: float) -> float:
+    """The value as it is. Raises Rejected if it is not finite or beyond the range."""
+    if not math.isfinite(value):
+        raise Rejected(Reason.VALUE, "the value is not finite")
+    if abs(value) > max_abs_value:
+        raise Rejected(Reason.RANGE, f"the value lies beyond +-{max_abs_value:g}")
+    return value
+
+
+def read_covariates(given: dict[str, float | None], limits: Limits) -> list[float]:
+    """The covariates in the model's order, NaN where missing. Raises Rejected for names that it does not know."""
+    if unknown := set(given) - set(limits.covariates):
+        known = ", ".join(limits.covariates) or "none"
+        raise Rejected(Reason.SHAPE, f"{len(unknown)} covariates that the model does not know; it knows: {known}")
+    values = (given.get(name) for name in limits.covariates)
+    return [math.nan if value is None else check_value(value, limits.max_abs_value) for value in values]
+
+
+def _time_of(record: Record, ts: Any, limits: Limits) -> int:
+    ts_ms = record.timestamp_ms if ts is msgspec.UNSET else read_time(ts)
+    if ts is msgspec.UNSET and ts_ms < 0:
+        raise Rejected(Reason.TIME, "neither a field `ts` nor a timestamp of the record")
+    check_time(ts_ms, limits)
+    # Measured against the record's own timestamp, not our clock, so that a replay decides the same.
+    if record.timestamp_ms >= 0 and ts_ms > record.timestamp_ms + limits.max_ahead_ms:
+        raise Rejected(Reason.TIME, "the time lies too far ahead of the record's timestamp")
+    return ts_ms
+
+
+def check_time(ts_ms: int, limits: Limits) -> int:
+    """The time as it is. Raises Rejected if it lies before the earliest that is accepted."""
+    if ts_ms < limits.earliest_ts_ms:
+        raise Rejected(Reason.TIME, "the time lies too far back; is it in seconds instead of milliseconds?")
+    return ts_ms
+
+
+def read_time(ts: Any) -> int:
+    """Epoch milliseconds from epoch milliseconds or RFC 3339 text. Raises Rejected if it is neither.
+
+    >>> read_time("2026-11-21T12:00:00+01:00") == read_time(1795258800000)
+    True
+    """
+    if isinstance(ts, float) and ts.is_integer():
+        ts = int(ts)
+    if isinstance(ts, int) and not isinstance(ts, bool):
+        if abs(ts) < 1 << 53:
+            return ts
+        raise Rejected(Reason.TIME, "the time is no number of milliseconds that a clock could show")
+    if isinstance(ts, str) and len(ts) <= 64:
+        try:
+            moment = datetime.fromisoformat(ts)
+        except ValueError as error:
+            raise Rejected(Reason.TIME, "the time is not RFC 3339") from error
+        if moment.tzinfo is None:
+            raise Rejected(Reason.TIME, "the time has no offset from UTC: append Z, or +hh:mm")
+        return math.floor(moment.timestamp() * SECOND_MS + 0.5)
+    raise Rejected(Reason.TIME, "the time is neither epoch milliseconds nor RFC 3339 text")
+
+
+def rounded(values: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Forecasts [B, H, Q] to five digits of each stream's scale [B]: more would only be noise, and bytes.
+
+    >>> rounded(np.array([[[1234.56789]]]), np.array([10.0])).tolist()
+    [[[1234.5679]]]
+    """
+    digits = np.clip(5 - np.floor(np.log10(np.maximum(scale, 1e-300))), -15, 15)[:, None, None]
+    up, down = 10.0 ** np.maximum(digits, 0), 10.0 ** np.maximum(-digits, 0)
+    return np.asarray(np.round(values * up / down) / up * down)
+
+
+def quantile_key(quantile: float) -> str:
+    """How a quantile is written as a field's name: 0.1, 0.5, 0.975."""
+    return f"{quantile:.10g}"
+
+
+def encode_forecast(fields: dict[str, Any]) -> bytes:
+    """The value of a forecast record: JSON, as `docs` in the README describe its fields."""
+    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def dead_letter(record: Record, error: Rejected, topic: str) -> Outgoing:
+    """The record as it came, with why it was rejected in its headers; cut off, with its hash, where Kafka could not
+    carry it.
+    """
+    value = record.value or b""
+    headers: list[tuple[str, bytes]] = [(name, content or b"") for name, content in record.headers]
+    if len(value) > DEAD_LETTER_VALUE_MAX:
+        headers.append(("carousel.errors.value.sha256", hashlib.sha256(value).hexdigest().encode()))
+        headers.append(("carousel.errors.value.bytes", b"%d" % len(value)))
+        value = value[:DEAD_LETTER_VALUE_MAX]
+    headers += [
+        ("__streams.errors.exception", type(error).__name__.encode()),
+        ("__streams.errors.message", str(error).encode()[:512]),
+        ("__streams.errors.topic", record.topic.encode()),
+        ("__streams.errors.partition", b"%d" % record.partition),
+        ("__streams.errors.offset", b"%d" % record.offset),
+        ("carousel.errors.reason", error.reason.encode()),
+    ]
+    return Outgoing(topic, record.partition, record.key, value, headers, record.timestamp_ms)

@@ -1,0 +1,60 @@
+"""`carousel serve`: worker and API in one process, put together and taken apart."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+
+import torch
+
+from model.bundle import load_bundle
+from service.api import create_app
+from service.engine import Engine
+from service.events import EventHub
+from service.metrics import Metrics
+from service.server import HttpServer
+from service.settings import Settings
+from service.transport.kafka_python import KafkaPython
+from service.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; then finish the wave, deliver, commit, leave the group.
+
+    Raises BundleError where the model cannot be loaded and ServiceError where the service cannot start or go on.
+    """
+    torch.set_num_threads(settings.threads)
+    bundle = load_bundle(settings.model)
+    metrics = Metrics()
+    metrics.build.info({"version": version_installed()})
+    metrics.model.info({"model": bundle.model_id})
+    engine = Engine(bundle, settings, metrics)
+    server = HttpServer(settings)
+    log.info("serving %s: %s", bundle.model_id, server.url)
+    try:
+        transport = KafkaPython(settings, client_id=server.url)
+        hub = EventHub(settings.forecasts_topic, metrics)
+        worker = Worker(engine, transport, settings, metrics, hub.publish)
+
+        def stop(signum: int, _frame: FrameType | None) -> None:
+            log.info("%s: finishing", signal.Signals(signum).name)
+            worker.stop()
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        server.start(create_app(engine, worker, settings, metrics, hub), on_stop=hub.close)
+        worker.run()
+    finally:
+        server.stop()
+
+
+def version_installed() -> str:
+    """The version of the installed package; a bare checkout has none."""
+    try:
+        return version("carousel")
+    except PackageNotFoundError:
+        return "unknown"

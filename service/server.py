@@ -1,0 +1,155 @@
+"""The HTTP server: uvicorn on a thread of its own, on a socket bound before anything else starts."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.errors import ServiceError
+from service.guard import HEADERS_MAX_BYTES
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX = 1_000
+"""Connections beyond this are answered 503 by uvicorn itself, in plain text."""
+KEEP_ALIVE_S = 30
+HEAD_S = 15.0
+"""Time in which a connection must have brought a request's headers."""
+START_S = 30.0
+STOP_S = 5
+"""Time that requests have to end when the server stops."""
+
+
+class HttpServer:
+    """Listens at once, so that `url` is known and a taken port is found out before the worker joins its group.
+
+    Raises ServiceError where it cannot listen.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._socket = listen(settings.http_host, settings.http_port)
+        self.url = url_of(self._socket)
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+        self._on_stop: Callable[[], None] | None = None
+
+    def start(self, app: Any, on_stop: Callable[[], None] | None = None) -> None:
+        """Serve the ASGI app; when this returns, it answers. on_stop: ends answers that never end by themselves.
+
+        Raises ServiceError if it does not come up.
+        """
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS_MAX,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=STOP_S,
+            h11_max_incomplete_event_size=HEADERS_MAX_BYTES,
+        )
+        self._server, self._on_stop = _Server(config), on_stop
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="http", daemon=True)
+        self._thread.start()
+        if not self._server.up.wait(START_S):
+            raise ServiceError(f"the HTTP server did not start within {START_S:g} s")
+
+    def stop(self) -> None:
+        """Answer what was asked, take nothing new, end; within STOP_S and a little."""
+        if self._on_stop:
+            self._on_stop()
+        if self._server and self._thread:
+            self._server.should_exit = True
+            self._thread.join(STOP_S + 5.0)
+            if self._thread.is_alive():
+                log.warning("the HTTP server did not stop in time; it ends with the process")
+        self._socket.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ServiceError in one line that names the flag to change."""
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = f"port {port} on {host} is taken: choose another by --http-port (0: any free one)"
+        elif error.errno == errno.EACCES:
+            reason = f"port {port} on {host} is not allowed: choose one above 1023 by --http-port"
+        else:
+            reason = f"cannot listen on {host} port {port}: {error.strerror}; see --http-host and --http-port"
+        raise ServiceError(reason) from error
+    # Connections inherit it. Without it each answer waits 40 ms for an ACK: asyncio sets it only on its own sockets.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client on this machine reaches it.
+
+    >>> with listen("127.0.0.1", 0) as listener:
+    ...     url_of(listener).rpartition(":")[0]
+    'http://127.0.0.1'
+    """
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - bound to all, named as one
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says when it is up. Off the main thread it touches no signal handlers."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which would wait for ever for a request's headers; this one closes such connections."""
+
+    _overdue: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._idle and self._overdue is None:
+            self._await_head()
+        elif not self._idle:
+            self._forget()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    @property
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_head(self) -> None:
+        self._overdue = asyncio.get_running_loop().call_later(HEAD_S, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None

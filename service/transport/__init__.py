@@ -1,0 +1,1 @@
+"""Kafka behind a narrow contract; one file a client."""

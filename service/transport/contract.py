@@ -1,0 +1,50 @@
+"""What the worker needs of Kafka, and no more: poll, commit, pause, lag.
+
+A transport belongs to one thread. It never raises out of `poll` for a record's sake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from service.records import Outgoing, Record
+
+
+@dataclass(frozen=True)
+class Polled:
+    """What a poll brought. Partitions come and go only here: `revoked` ones before `assigned` ones, then records."""
+
+    records: Sequence[Record] = ()
+    assigned: frozenset[int] = field(default_factory=frozenset)
+    revoked: frozenset[int] = field(default_factory=frozenset)
+
+
+class Transport(Protocol):
+    """One worker's side of the observations topic and of those it writes."""
+
+    def poll(self, timeout_ms: int) -> Polled:
+        """Wait at most `timeout_ms` for records of the assigned partitions."""
+
+    def commit(self, outgoing: Sequence[Outgoing], offsets: Mapping[int, int]) -> None:
+        """Deliver `outgoing`, then note that the input before `offsets` (by partition) is done with.
+
+        When it returns, all is with the broker. Raises TransportError if it is not, and it is unknown how much.
+        """
+
+    def pause(self, partitions: Iterable[int]) -> None:
+        """Bring no records of these partitions until `resume`."""
+
+    def resume(self, partitions: Iterable[int]) -> None:
+        """Undo `pause`."""
+
+    @property
+    def stable(self) -> bool:
+        """Whether this worker is a settled member of its group."""
+
+    def lag(self) -> Mapping[int, int]:
+        """Records not yet polled, by assigned partition; asks nobody."""
+
+    def close(self) -> None:
+        """Leave the group and hang up, in bounded time."""

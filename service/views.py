@@ -1,0 +1,139 @@
+"""What can be seen of the live streams from outside: found, listed, opened up. All read copies; none moves a state."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.cells import GATES
+from model.config import ModelConfig
+from model.state import Rows
+from service import grid
+from service.arena import StreamKey
+from service.engine import Engine
+from service.errors import Refused
+from service.records import quantile_key
+
+Fields = dict[str, Any]
+
+
+def find(engine: Engine, stream: str) -> tuple[StreamKey, Rows]:
+    """A stream and a copy of its state, [1, ...] each; where partitions share the id, the one last heard.
+
+    Raises Refused (404) if this worker has none.
+    """
+    with engine.lock:
+        key = _last_heard(engine, stream)
+        if key is None:
+            raise Refused(404, "this worker has heard no stream of this id")
+        return key, _copy(engine, [key])
+
+
+def _last_heard(engine: Engine, stream: str) -> StreamKey | None:
+    ts_ms = engine.arena.column("ts_ms")
+    return max(engine.arena.keys_of(stream), key=lambda key: ts_ms[engine.arena.row(key)], default=None)
+
+
+def _copy(engine: Engine, keys: list[StreamKey]) -> Rows:
+    return engine.arena.gather(torch.tensor([engine.arena.row(key) for key in keys], dtype=torch.int64))
+
+
+def page(engine: Engine, limit: int, after: str, q: str) -> Fields:
+    """At most `limit` streams in the order of their ids, of those after `after` that contain `q`."""
+    with engine.lock:
+        held = list(engine.arena)
+    matching = {key.stream for key in held if q in key.stream}
+    chosen = heapq.nsmallest(limit + 1, (stream for stream in matching if stream > after))
+    with engine.lock:  # taken anew: meanwhile a stream may have ended
+        keys = [key for stream in chosen[:limit] if (key := _last_heard(engine, stream))]
+        state = _copy(engine, keys)
+    return {
+        "streams": summaries(engine, keys, state),
+        "total": len(matching),
+        "next": chosen[limit - 1] if len(chosen) > limit else None,
+    }
+
+
+def summaries(engine: Engine, keys: list[StreamKey], state: Rows) -> list[Fields]:
+    """What a list of streams says of each."""
+    told = engine.describe([key.stream for key in keys], state)
+    return [
+        {
+            "stream": key.stream,
+            "partition": key.partition,
+            **{name: fields[name] for name in ("ts", "count", "observed", "status")},
+            "scores": scores,
+        }
+        for key, fields, scores in zip(keys, told, _scores(state), strict=True)
+    ]
+
+
+def _scores(state: Rows) -> list[Fields]:
+    names = ("scored", "pinball", "absolute_error", "naive_error", "hits")
+    return [
+        {
+            "scored": scored,
+            "mase": _ratio(absolute_error, naive_error),
+            "pinball": _ratio(pinball, scored),
+            "coverage": _ratio(hits, scored),
+        }
+        for scored, pinball, absolute_error, naive_error, hits in zip(
+            *(state[name].tolist() for name in names), strict=True
+        )
+    ]
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
+
+
+def inside(config: ModelConfig, key: StreamKey, state: Rows) -> Fields:
+    """h, C and the gates of the last step by layer, and the units that the stream is seen in."""
+    h, c, gates = (state[name][0].tolist() for name in ("h", "c", "gates"))
+    weight = float(state["weight"])
+    return {
+        "stream": key.stream,
+        "partition": key.partition,
+        "ts": int(state["ts_ms"]),
+        "steps": int(state["steps"]),
+        "gap": int(state["gap"]),
+        "level": float(state["value_sum"]) / weight if weight > 0 else None,
+        "scale": float(state["scale"]),
+        "layers": [
+            {"h": h[n], "c": c[n], "gates": dict(zip(GATES[config.cell], gates[n], strict=True))} for n in range(len(h))
+        ],
+    }
+
+
+def history(engine: Engine, key: StreamKey, state: Rows) -> Fields:
+    """The recent observations, oldest first, each beside what had been forecast for it."""
+    quantiles = [quantile_key(quantile) for quantile in engine.history.quantiles]
+    ts_ms, values, forecasts = (state[f"history_{name}"][0].numpy() for name in ("ts_ms", "value", "forecast"))
+    return {
+        "stream": key.stream,
+        "partition": key.partition,
+        "quantiles": quantiles,
+        "observations": [
+            {
+                "ts": ts_ms[n],
+                "value": None if np.isnan(values[n]) else values[n],
+                "forecast": None if np.isnan(forecasts[n]).any() else dict(zip(quantiles, forecasts[n], strict=True)),
+            }
+            for n in np.flatnonzero(ts_ms != grid.NO_SLOT)
+        ],
+    }
+
+
+def model(engine: Engine) -> Fields:
+    """The model that is served."""
+    bundle, config = engine.bundle, engine.config
+    names = ("step_ms", "season", "horizon", "quantiles", "covariates", "warmup", "context", "max_gap")
+    return {
+        "id": bundle.model_id,
+        **{name: getattr(config, name) for name in names},
+        "training": dict(bundle.training),
+        "scores": {method: dict(measures) for method, measures in bundle.scores.items()},
+    }

@@ -1,0 +1,192 @@
+"""What a record's bytes mean: the bad-input matrix, and the good ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import Reason, Rejected
+from service.records import (
+    DEAD_LETTER_VALUE_MAX,
+    Limits,
+    Observation,
+    Record,
+    dead_letter,
+    parse,
+    read_time,
+    rounded,
+)
+
+NOW_MS = 1_700_000_000_000
+LIMITS = Limits(covariates=("temperature",))
+
+
+def record(value: bytes | None, key: bytes | None = b"a", timestamp_ms: int = NOW_MS) -> Record:
+    return Record("observations", 3, 17, timestamp_ms, key, value, [("trace", b"1")])
+
+
+def observed(value: bytes | None, key: bytes | None = b"a", timestamp_ms: int = NOW_MS) -> Observation:
+    return parse(record(value, key, timestamp_ms), LIMITS)
+
+
+BAD_VALUES = {
+    "empty": (b"", Reason.DECODE),
+    "not UTF-8": (b"\xff\xfe", Reason.DECODE),
+    "not UTF-8 within": (b'{"value":1,"ts":"\xff"}', Reason.DECODE),
+    "not JSON": (b"garbage", Reason.DECODE),
+    "cut off": (b'{"value":1', Reason.DECODE),
+    "two values": (b'{"value":1}{"value":2}', Reason.DECODE),
+    "an array": (b"[1]", Reason.DECODE),
+    "a number": (b"3", Reason.DECODE),
+    "null": (b"null", Reason.DECODE),
+    "10,000 brackets": (b"[" * 10_000, Reason.DECODE),
+    "10,000 brackets within": (b'{"value":' + b"[" * 10_000 + b"]" * 10_000 + b"}", Reason.DECODE),
+    "no value": (b"{}", Reason.SCHEMA),
+    "an unknown field": (b'{"value":1,"vlaue":2}', Reason.SCHEMA),
+    "value is text": (b'{"value":"1.5"}', Reason.SCHEMA),
+    "value is true": (b'{"value":true}', Reason.SCHEMA),
+    "value is a list": (b'{"value":[1]}', Reason.SCHEMA),
+    "covariates no object": (b'{"value":1,"covariates":3}', Reason.SCHEMA),
+    "covariate is text": (b'{"value":1,"covariates":{"temperature":"hot"}}', Reason.SCHEMA),
+    "NaN": (b'{"value":NaN}', Reason.VALUE),
+    "Infinity": (b'{"value":Infinity}', Reason.VALUE),
+    "-Infinity": (b'{"value":-Infinity}', Reason.VALUE),
+    "1e400": (b'{"value":1e400}', Reason.VALUE),
+    "400 digits": (b'{"value":' + b"1" * 400 + b"}", Reason.VALUE),
+    "5,000 digits": (b'{"value":' + b"1" * 5_000 + b"}", Reason.VALUE),
+    "covariate is NaN": (b'{"value":1,"covariates":{"temperature":NaN}}', Reason.VALUE),
+    "1e300": (b'{"value":1e300}', Reason.RANGE),
+    "covariate 1e300": (b'{"value":1,"covariates":{"temperature":1e300}}', Reason.RANGE),
+    "unknown covariate": (b'{"value":1,"covariates":{"wind":1}}', Reason.SHAPE),
+    "time is garbage": (b'{"value":1,"ts":"yesterday"}', Reason.TIME),
+    "time has no offset": (b'{"value":1,"ts":"2023-11-14T22:13:20"}', Reason.TIME),
+    "time is null": (b'{"value":1,"ts":null}', Reason.TIME),
+    "time is true": (b'{"value":1,"ts":true}', Reason.TIME),
+    "time in seconds": (b'{"value":1,"ts":1700000000}', Reason.TIME),
+    "time far ahead": (b'{"value":1,"ts":4102444800000}', Reason.TIME),
+    "time of 400 digits": (b'{"value":1,"ts":' + b"9" * 300 + b"}", Reason.TIME),
+    "another stream than the key": (b'{"value":1,"stream":"b"}', Reason.KEY),
+    "larger than the limit": (b'{"value":1' + b" " * 70_000 + b"}", Reason.SIZE),
+}
+
+
+@pytest.mark.parametrize(("value", "reason"), BAD_VALUES.values(), ids=BAD_VALUES.keys())
+def test_a_value_that_cannot_be_used_is_rejected_with_its_reason(value: bytes, reason: Reason) -> None:
+    with pytest.raises(Rejected) as rejected:
+        observed(value)
+    assert rejected.value.reason is reason
+    assert "\n" not in str(rejected.value)
+    assert len(str(rejected.value)) < 200
+
+
+BAD_KEYS = {
+    "none": None,
+    "empty": b"",
+    "not UTF-8": b"\xff",
+    "10 KB": b"x" * 10_240,
+    "a line break": b"a\nb",
+    "a NUL": b"a\0b",
+    "upwards": b"../a",
+    "upwards within": b"a/../b",
+}
+
+
+@pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS.keys())
+@pytest.mark.parametrize("value", [b'{"value":1}', None], ids=["observation", "tombstone"])
+def test_a_key_that_names_no_stream_is_rejected(key: bytes | None, value: bytes | None) -> None:
+    with pytest.raises(Rejected) as rejected:
+        observed(value, key)
+    assert rejected.value.reason is Reason.KEY
+
+
+def test_an_observation_is_read_as_it_was_meant() -> None:
+    got = observed(b'{"ts":"2023-11-14T23:13:20.5+01:00","value":-2.5e3,"covariates":{"temperature":7}}')
+    assert (got.stream, got.ts_ms, got.value, got.covariates) == ("a", NOW_MS + 500, -2500.0, (7.0,))
+
+
+def test_what_was_not_observed_is_nan() -> None:
+    got = observed(b'{"value":null}')
+    assert math.isnan(got.value)
+    assert math.isnan(got.covariates[0])
+    assert not got.ended
+
+
+def test_a_record_without_a_value_ends_its_stream() -> None:
+    assert observed(None).ended
+
+
+def test_without_a_key_the_field_names_the_stream_and_may_repeat_the_key() -> None:
+    assert observed(b'{"value":1,"stream":"b"}', None).stream == "b"
+    assert observed(b'{"value":1,"stream":"a"}').stream == "a"
+
+
+def test_without_a_time_the_records_own_counts_and_without_both_it_is_rejected() -> None:
+    assert observed(b'{"value":1}').ts_ms == NOW_MS
+    with pytest.raises(Rejected) as rejected:
+        observed(b'{"value":1}', timestamp_ms=-1)
+    assert rejected.value.reason is Reason.TIME
+
+
+def test_a_field_that_stands_twice_counts_as_it_stands_last() -> None:
+    assert observed(b'{"value":1,"value":2}').value == 2.0
+
+
+def test_how_far_ahead_a_time_may_lie_is_measured_from_the_records_own_timestamp() -> None:
+    ahead = json.dumps({"ts": NOW_MS + LIMITS.max_ahead_ms, "value": 1}).encode()
+    assert observed(ahead).ts_ms == NOW_MS + LIMITS.max_ahead_ms
+    with pytest.raises(Rejected):
+        observed(ahead, timestamp_ms=NOW_MS - 1)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_whatever_raise_anything_but_rejected(value: bytes) -> None:
+    for key in (b"a", value):
+        with suppress(Rejected):
+            observed(value, key)
+
+
+@given(st.datetimes(timezones=st.timezones()))
+def test_a_time_is_the_same_as_text_and_as_a_number(moment: object) -> None:
+    text = moment.isoformat()  # type: ignore[attr-defined]
+    if moment.utcoffset().total_seconds() % 60:  # type: ignore[attr-defined]  # RFC 3339 knows no seconds there
+        return
+    assert abs(read_time(text) - moment.timestamp() * 1000) <= 0.5 + 1e-3  # type: ignore[attr-defined]
+
+
+def test_a_dead_letter_is_the_record_as_it_came_with_why_it_was_rejected() -> None:
+    bad = Record("observations", 3, 17, NOW_MS, b"k", b"\xff", [("trace", b"1"), ("trace", b"2"), ("none", None)])
+    letter = dead_letter(bad, Rejected(Reason.DECODE, "no JSON"), "dlq")
+    assert (letter.topic, letter.partition, letter.key, letter.value) == ("dlq", 3, b"k", b"\xff")
+    assert list(letter.headers) == [
+        ("trace", b"1"),
+        ("trace", b"2"),
+        ("none", b""),
+        ("__streams.errors.exception", b"Rejected"),
+        ("__streams.errors.message", b"no JSON"),
+        ("__streams.errors.topic", b"observations"),
+        ("__streams.errors.partition", b"3"),
+        ("__streams.errors.offset", b"17"),
+        ("carousel.errors.reason", b"decode"),
+    ]
+
+
+def test_a_dead_letter_too_large_for_kafka_is_cut_and_carries_its_hash() -> None:
+    letter = dead_letter(record(b"x" * 1_000_000), Rejected(Reason.SIZE, "large"), "dlq")
+    headers = dict(letter.headers)
+    assert len(letter.value) == DEAD_LETTER_VALUE_MAX
+    assert headers["carousel.errors.value.bytes"] == b"1000000"
+    assert len(headers["carousel.errors.value.sha256"] or b"") == 64
+
+
+@given(st.floats(1e-9, 1e12), st.lists(st.floats(-100, 100), min_size=2, max_size=9))
+def test_rounding_is_far_below_the_scale_and_keeps_the_order(scale: float, offsets: list[float]) -> None:
+    values = scale * np.sort(np.array(offsets))[None, None]
+    got = rounded(values, np.array([scale]))
+    assert np.abs(got - values).max() <= 1e-5 * scale
+    assert (np.diff(got) >= 0).all()

@@ -1,0 +1,56 @@
+"""Flags over environment over file over defaults; what makes no sense is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.errors import ServiceError
+from service.settings import Settings
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "carousel.yaml"
+    file.write_text("model: /from/file\ngroup_id: file\nhttp_port: 1\nthreads: 2\n")
+    monkeypatch.setenv("CAROUSEL_GROUP_ID", "environment")
+    monkeypatch.setenv("CAROUSEL_HTTP_PORT", "2")
+    settings = Settings.load({"http_port": 3, "threads": None}, file)
+    assert (settings.http_port, settings.group_id, settings.threads) == (3, "environment", 2)
+    assert (settings.model, settings.observations_topic) == (Path("/from/file"), "carousel.observations")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({}, "model"),
+        ({"model": "m", "http_port": 70_000}, "http_port"),
+        ({"model": "m", "start": "middle"}, "start"),
+        ({"model": "m", "threads": 0}, "threads"),
+        ({"model": "m", "no_such_setting": 1}, "no_such_setting"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named_in_one_line(flags: dict[str, object], named: str) -> None:
+    with pytest.raises(ServiceError, match=f"setting {named}: ") as refused:
+        Settings.load(flags)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: [", "is not YAML"),
+        ("- model", "must map setting names to values"),
+        ("model: m\nthread: 1\n", "setting thread: "),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "carousel.yaml"
+    file.write_text(content)
+    with pytest.raises(ServiceError, match=said):
+        Settings.load({}, file)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match="cannot read the settings file"):
+        Settings.load({}, tmp_path / "none.yaml")
