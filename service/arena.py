@@ -72,20 +72,16 @@ class Arena:
             self._partitions.add(key.partition)
         return row
 
-    def forget(self, key: StreamKey) -> bool:
-        """End a stream. -> whether there was one."""
-        row = self._row_of.pop(key, None)
-        if row is None:
-            return False
-        self.reset([row])
-        self._free.append(row)
-        return True
+    def forget(self, keys: Iterable[StreamKey]) -> int:
+        """End streams. -> how many of them there were."""
+        rows = [row for key in keys if (row := self._row_of.pop(key, None)) is not None]
+        self.reset(rows)
+        self._free += rows
+        return len(rows)
 
     def forget_partition(self, partition: int) -> int:
         """End all streams of a partition. -> how many there were."""
-        self._partitions.discard(partition)
-        keys = [key for key in self._row_of if key.partition == partition]
-        return sum(map(self.forget, keys))
+        return self.forget([key for key in self._row_of if key.partition == partition])
 
     def reset(self, rows: Iterable[int]) -> None:
         """Let these rows start afresh."""

@@ -76,6 +76,8 @@ class Engine:
             max_ahead_ms=int(settings.max_ahead_s * 1000),
         )
         self.lock = threading.Lock()
+        metrics.streams.set_function(lambda: len(self.arena))
+        metrics.state_bytes.set_function(lambda: self.arena.state_bytes)
         level = f"{self.config.quantiles[-1] - self.config.quantiles[0]:.6g}"
         self._scored, self._hits = metrics.scored.labels(level), metrics.hits.labels(level)
         self._quantile_keys = [quantile_key(quantile) for quantile in self.config.quantiles]
@@ -92,8 +94,6 @@ class Engine:
         for wave in waves(observations, self.settings.max_wave_rows):
             with self.lock, timed(self.metrics.wave_seconds):
                 outgoing += self._wave(wave)
-        self.metrics.streams.set(len(self.arena))
-        self.metrics.state_bytes.set(self.arena.state_bytes)
         return outgoing
 
     def forget_partitions(self, partitions: Iterable[int]) -> None:
@@ -109,10 +109,10 @@ class Engine:
 
     def _wave(self, wave: Sequence[Observation]) -> list[Outgoing]:
         """At most one observation a stream: place, settle, advance, encode."""
-        for observation in wave:
-            if observation.ended:
-                self.arena.forget(_key(observation))
-                self.metrics.observations["ended"].inc()
+        ended = [_key(observation) for observation in wave if observation.ended]
+        if ended:
+            self.arena.forget(ended)
+            self.metrics.observations["ended"].inc(len(ended))
         moves, outgoing = self._place([observation for observation in wave if not observation.ended])
         if not moves.observations:
             return outgoing

@@ -45,8 +45,8 @@ def test_no_stream_more_than_the_limit_until_one_ends() -> None:
     arena.row(StreamKey(0, "b"))
     with pytest.raises(Full):
         arena.row(StreamKey(0, "c"))
-    assert arena.forget(StreamKey(0, "a"))
-    assert not arena.forget(StreamKey(0, "a"))
+    assert arena.forget([StreamKey(0, "a"), StreamKey(0, "z")]) == 1
+    assert arena.forget([StreamKey(0, "a")]) == 0
     arena.row(StreamKey(0, "c"))
 
 
@@ -54,7 +54,7 @@ def test_a_row_that_is_given_again_remembers_nothing() -> None:
     arena = Arena(SCHEMA, max_streams=1)
     row = torch.tensor([arena.row(StreamKey(0, "a"))])
     arena.scatter(row, {"h": torch.full((1, 2), 9.0)})
-    arena.forget(StreamKey(0, "a"))
+    arena.forget([StreamKey(0, "a")])
     assert arena.gather(torch.tensor([arena.row(StreamKey(0, "b"))]))["h"].tolist() == [[0.5, 0.5]]
 
 
