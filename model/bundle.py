@@ -72,10 +72,11 @@ def save_bundle(
         "training": dict(training),
         "scores": {method: dict(row) for method, row in scores.items()},
     }
+    description = json.dumps(config, indent=2).encode() + b"\n"
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / WEIGHTS, weights)
     _write(directory / CARD, card(bundle).encode())
-    _write(directory / CONFIG, json.dumps(config, indent=2).encode() + b"\n")  # last: it vouches for the others
+    _write(directory / CONFIG, description)  # last: it vouches for the others
     return bundle
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from model.grid import Grid
@@ -51,13 +53,13 @@ class ModelConfig:
             ("max_gap", 0, 1_000_000),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if not (isinstance(value, Integral) and low <= int(value) <= high):
                 raise ValueError(f"{name} must be in {low} ... {high}, not {value}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.cell not in get_args(Cell):
             raise ValueError(f"cell must be one of {', '.join(get_args(Cell))}, not {self.cell!r}")
-        if not self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
+        if not self.quantiles or not all(a < b for a, b in pairwise(self.quantiles)):
             raise ValueError(f"quantiles must increase, not {self.quantiles}")
         if not 0 < self.quantiles[0] <= self.quantiles[-1] < 1:
             raise ValueError(f"quantiles must lie between 0 and 1, not {self.quantiles}")
@@ -90,10 +92,22 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ModelConfig:
-        """The inverse of `to_json`, also after a way through JSON. Raises TypeError on unknown fields."""
-        known = dict(fields)
-        grid = known.pop("grid", None)
+        """The inverse of `to_json`, also after a way through JSON. Raises TypeError on unknown fields, KeyError
+        on missing ones: a line that was lost must not come back as its default.
+        """
+        known = _complete(cls, fields)
+        if known["grid"] is not None:
+            grid = _complete(Grid, known["grid"])
+            known["grid"] = Grid(**{**grid, "phases": tuple(grid["phases"])})
         for name in ("quantiles", "covariates"):
-            if name in known:
-                known[name] = tuple(known[name])
-        return cls(grid=Grid(**{**grid, "phases": tuple(grid["phases"])}) if grid else None, **known)
+            known[name] = tuple(known[name])
+        return cls(**known)
+
+
+def _complete(kind: type[ModelConfig] | type[Grid], fields: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the fields of a dataclass. Raises KeyError, naming it, if one is missing."""
+    known = dict(fields)
+    for field in dataclasses.fields(kind):
+        if field.name not in known:
+            raise KeyError(field.name)
+    return known

@@ -24,6 +24,8 @@ CLIP = 12.0
 """Scaled values beyond this are cut: one absurd reading must not shout down all else."""
 PRIOR = 0.3
 """Before anything is known, a stream is taken to vary by this share of its level."""
+FLOOR = 1e-9
+"""The scale of a stream that never changes, as a share of its level: well above what is mere rounding."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +168,12 @@ class Features(nn.Module):
         deviation_sum = forgetting_sum(state["deviation_sum"], deviation, keep)
         naive_weight = forgetting_sum(state["naive_weight"], comparable.double(), naive_keep)
         naive_sum = forgetting_sum(state["naive_sum"], naive_error.nan_to_num(0.0), naive_keep)
-        # One imaginary observation that deviates by PRIOR: decides the first steps, and keeps a constant
-        # stream's scale above zero ever after.
-        prior = PRIOR * level.abs() + torch.finfo(torch.float32).tiny
-        scale = (deviation_sum + prior) / (weight + 1)
-        naive_scale = (naive_sum + prior) / (naive_weight + 1)
+        # Before the first observation stands an imaginary one that deviates by PRIOR and is forgotten as the others
+        # are: of its weight, what the weights lack of their limit, the memory, is left.
+        prior, least = PRIOR * level.abs(), FLOOR * level.abs() + torch.finfo(torch.float32).tiny
+        left, naive_left = 1 - weight / self.config.memory, 1 - naive_weight / self.config.memory
+        scale = (deviation_sum + left * prior) / (weight + left) + least
+        naive_scale = (naive_sum + naive_left * prior) / (naive_weight + naive_left) + least
 
         steps = state["steps"][:, None] + torch.arange(1, block.steps + 1)
         gap = steps_since(state["gap"], observed)

@@ -75,9 +75,11 @@ class Forecaster(nn.Module):
         """Move B streams on by T steps. -> the forecasts at the last `last` steps (None: at all T), the new state.
 
         T steps at once and T times one step agree to rounding. `state` is left as it is. Raises ValueError if the
-        block's shapes do not fit the state or the model.
+        block's shapes do not fit the state or the model, or there are no `last` steps.
         """
         self._check(state, block)
+        if last is not None and not 1 <= last <= block.steps:
+            raise ValueError(f"last must be in 1 ... {block.steps}, not {last}")
         seen, after = self.features(state, block)
         outputs, recurrent = self.recur(seen, state)
         emitted = range(block.steps)[-last:] if last else range(block.steps)
@@ -106,7 +108,7 @@ class Forecaster(nn.Module):
 
     def _check(self, state: Rows, block: Block) -> None:
         streams, known = state["h"].shape[0], len(self.config.covariates)
-        if block.values.shape != (streams, block.steps) or block.steps < 1:
+        if block.values.ndim != 2 or len(block.values) != streams or block.steps < 1:
             raise ValueError(f"values must be [{streams}, T >= 1], not {list(block.values.shape)}")
         if block.ts_ms.shape != block.values.shape:
             raise ValueError(f"ts_ms must be {list(block.values.shape)}, not {list(block.ts_ms.shape)}")

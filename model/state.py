@@ -59,13 +59,13 @@ class Schema(tuple[TensorSpec, ...]):
         """The number of streams in `rows`. Raises ValueError, naming the tensor, if it is not of this schema."""
         if missing := {spec.name for spec in self} ^ set(rows):
             raise ValueError(f"a state needs the tensors {[spec.name for spec in self]}; odd: {sorted(missing)}")
-        streams = {int(tensor.shape[0]) for tensor in rows.values() if tensor.ndim}
-        if len(streams) != 1:
-            raise ValueError(f"the tensors of a state must have as many rows each, not {sorted(streams)}")
         for spec in self:
             tensor = rows[spec.name]
-            if tuple(tensor.shape[1:]) != spec.shape or tensor.dtype != spec.dtype:
+            if not tensor.ndim or tuple(tensor.shape[1:]) != spec.shape or tensor.dtype != spec.dtype:
                 raise ValueError(
                     f"{spec.name} must be {spec.dtype} {spec.shape}, not {tensor.dtype} {tuple(tensor.shape[1:])}"
                 )
+        streams = {len(tensor) for tensor in rows.values()}
+        if len(streams) != 1:
+            raise ValueError(f"the tensors of a state must have as many rows each, not {sorted(streams)}")
         return streams.pop()

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 from deploy.broker import EmbeddedBroker
+
+# The same examples in every run: a failure is met by who caused it. For a hunt: HYPOTHESIS_PROFILE=default.
+hypothesis.settings.register_profile("carousel", derandomize=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "carousel"))
 
 torch.set_num_threads(1)  # small models: more threads would only wait for each other, and for Kafka
 
