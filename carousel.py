@@ -1,0 +1,307 @@
+"""The front door: the `carousel` command. Each sub-command is imported when it is called."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from model.errors import CarouselError
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from training.table import Columns
+
+app = typer.Typer(
+    help="Forecasts thousands of time series at once, live: an LSTM whose state is carried from message to message.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Table = Annotated[Path, typer.Argument(help="A long table, CSV (may be .gz) or Parquet: one row an observation.")]
+IdColumn = Annotated[str, typer.Option(help="Column that names the series.")]
+TimeColumn = Annotated[
+    str, typer.Option(help="Column with the time: text, dates, or epoch numbers (s, ms, us or ns by their size).")
+]
+ValueColumn = Annotated[str, typer.Option(help="Column with the value; empty or NaN means missing.")]
+Covariates = Annotated[str, typer.Option(help="Further columns that help to forecast: NAME[,NAME...].")]
+Timezone = Annotated[
+    str | None, typer.Option(help="Zone of times without an offset, such as Europe/Berlin.  \\[default: UTC]")
+]
+Servers = Annotated[str, typer.Option(envvar="CAROUSEL_BOOTSTRAP_SERVERS", help="Kafka brokers, HOST:PORT[,...].")]
+
+
+@app.command()
+def demo(
+    for_: Annotated[
+        float | None,
+        typer.Option(
+            "--for",
+            metavar="SECONDS",
+            min=1,
+            help="End by itself then; status 0 if every stream was forecast.",
+        ),
+    ] = None,
+    speed: Annotated[
+        float, typer.Option(min=1, help="Table time per wall time: 7200 plays two hours a second.")
+    ] = 7200,
+    bootstrap_servers: Annotated[
+        str | None, typer.Option(help="An existing Kafka instead of the embedded one.")
+    ] = None,
+    http_port: Annotated[int, typer.Option(help="Port of the API; 0: any free one.")] = 8000,
+) -> None:
+    """Everything on this machine: Kafka, a model trained on a sample table, the worker, live data, the API.
+
+    The first time fetches Kafka (about 50 MB) and trains for up to two minutes; both are kept for the next time.
+    Ctrl-C ends it and leaves nothing running.
+    """
+    from deploy.demo import DemoConfig, run
+
+    quiet("kafka")
+    if not run(DemoConfig(for_s=for_, speed=speed, bootstrap_servers=bootstrap_servers, http_port=http_port)):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    table: Table,
+    out: Annotated[Path, typer.Option(help="Directory to write the bundle to.")],
+    id_column: IdColumn = "unique_id",
+    time_column: TimeColumn = "ds",
+    value_column: ValueColumn = "y",
+    covariates: Covariates = "",
+    timezone: Timezone = None,
+    name: Annotated[str, typer.Option(help="Name of the model.  \\[default: that of the directory]")] = "",
+    step: Annotated[
+        str | None,
+        typer.Option(
+            help="Time between observations: 15min, 1h, 1d ...; none: each observation is a step."
+            "  \\[default: found from the table]"
+        ),
+    ] = None,
+    season: Annotated[
+        int | None,
+        typer.Option(help="Steps after which the series resembles itself; 1: none.  \\[default: found from the table]"),
+    ] = None,
+    horizon: Annotated[int, typer.Option(help="Steps to forecast ahead.")] = 24,
+    quantiles: Annotated[str, typer.Option(help="Quantiles to forecast.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    test: Annotated[
+        int | None,
+        typer.Option(help="Steps at the end of each series held back for the backtest.  \\[default: a tenth]"),
+    ] = None,
+    cell: Annotated[str, typer.Option(help="lstm, or rnn to see what the LSTM is good for.")] = "lstm",
+    hidden_size: Annotated[int, typer.Option(help="Numbers in h and in C, a layer.")] = 64,
+    layers: Annotated[int, typer.Option(help="Recurrent layers.")] = 2,
+    dropout: Annotated[float, typer.Option(help="Dropped between layers while training.")] = 0.0,
+    epochs: Annotated[int | None, typer.Option(help="Most epochs.  \\[default: 30]")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Begin no epoch later than this.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the cycle.")] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal models, on the same machine.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stood.")] = False,
+) -> None:
+    """Train a model on a table, backtest it on the held-back end beside the seasonal naive, write a bundle.
+
+    Example: carousel train sales.csv --id-column shop --time-column day --value-column sold --out models/sales
+    """
+    from training.fit import TrainConfig, fit
+
+    setup_logging("info")
+    given = {
+        "epochs": epochs,
+        "max_seconds": None if max_minutes is None else max_minutes * 60,
+        "learning_rate": learning_rate,
+    }
+    config = TrainConfig(
+        out=out,
+        name=name,
+        step=step,
+        season=season,
+        horizon=horizon,
+        quantiles=numbers(quantiles, "--quantiles"),
+        test_steps=test,
+        cell=cell,  # type: ignore[arg-type]  # checked by the model's config
+        hidden_size=hidden_size,
+        layers=layers,
+        dropout=dropout,
+        seed=seed,
+        resume=resume,
+        **{field: value for field, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+    fit(table, columns(id_column, time_column, value_column, covariates, timezone), config)
+
+
+@app.command()
+def backtest(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    table: Table,
+    id_column: IdColumn = "unique_id",
+    time_column: TimeColumn = "ds",
+    value_column: ValueColumn = "y",
+    timezone: Timezone = None,
+    last: Annotated[
+        int | None,
+        typer.Option(min=1, help="Forecast from the last so many steps of each series.  \\[default: as held back]"),
+    ] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="Of those steps, every so-manieth.")] = None,
+    forecasts: Annotated[Path | None, typer.Option(help="Write all forecasts to this Parquet file.")] = None,
+) -> None:
+    """Replay a table as it would be served and say how good the forecasts were, beside the seasonal naive."""
+    from model.bundle import load_bundle
+    from training.backtest import run
+
+    setup_logging("info")
+    read = columns(id_column, time_column, value_column, "", timezone)
+    run(load_bundle(bundle), table, read, last=last, every=every, forecasts=forecasts)
+
+
+@app.command()
+def replay(
+    table: Table,
+    bootstrap_servers: Servers = "127.0.0.1:9092",
+    topic: Annotated[
+        str, typer.Option(envvar="CAROUSEL_OBSERVATIONS_TOPIC", help="Topic to write to.")
+    ] = "carousel.observations",
+    speed: Annotated[float, typer.Option(min=0, help="Table time per wall time; 0: as fast as Kafka takes it.")] = 1,
+    align: Annotated[bool, typer.Option("--align", help="Let all series begin at once, whatever their dates.")] = False,
+    last: Annotated[int | None, typer.Option(min=1, help="Only the last so many rows of each series.")] = None,
+    id_column: IdColumn = "unique_id",
+    time_column: TimeColumn = "ds",
+    value_column: ValueColumn = "y",
+    covariates: Covariates = "",
+    timezone: Timezone = None,
+) -> None:
+    """Play a table into Kafka as if it were live: keyed by series, in the order of time, at a chosen speed."""
+    from deploy.replay import ReplayConfig, run
+
+    quiet("kafka")
+    config = ReplayConfig(bootstrap_servers=bootstrap_servers, topic=topic, speed=speed, align=align, last=last)
+    run(table, columns(id_column, time_column, value_column, covariates, timezone), config)
+
+
+@app.command()
+def broker(
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 9092,
+    data: Annotated[
+        Path | None, typer.Option(help="Directory for its data.  \\[default: a temporary one, removed on stop]")
+    ] = None,
+) -> None:
+    """Run a genuine Apache Kafka in the foreground, on this machine only. Ctrl-C stops it.
+
+    The first start fetches it (about 50 MB); later ones need no network.
+    """
+    from deploy.broker import run
+
+    run(port, data)
+
+
+@app.command()
+def bench(
+    streams: Annotated[int, typer.Option(min=1, help="Streams that are followed.")] = 1_000,
+    steps: Annotated[int, typer.Option(min=2, help="Observations of each.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that torch computes with.")] = 1,
+    bootstrap_servers: Annotated[
+        str | None, typer.Option(help="An existing Kafka instead of the embedded one.")
+    ] = None,
+) -> None:
+    """Measure how fast the worker is, beside the limits of its parts; all in one run, as the machine's mood varies."""
+    from deploy.bench import BenchConfig, run
+
+    quiet("kafka")
+    run(BenchConfig(streams, steps, threads, bootstrap_servers))
+
+
+def serve(config: Path | None, **flags: Any) -> None:
+    from service.serve import serve as run
+
+    settings = Settings.load(flags, config)
+    setup_logging(settings.log_level)
+    run(settings)
+
+
+def command_of_settings() -> Any:
+    """`serve` with a flag for every setting, so that neither can be forgotten when one is added."""
+    parameters = [
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Path | None, typer.Option(help="YAML file with settings, by these names with _.")],
+        )
+    ]
+    for name, field in Settings.model_fields.items():
+        default = "required" if field.is_required() else field.default
+        text = f"{field.description}  \\[default: {default}; env: CAROUSEL_{name.upper()}]"
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[
+                    field.annotation | None,  # type: ignore[operator]
+                    typer.Option(help=text, show_default=False),
+                ],
+            )
+        )
+
+    def command(**flags: Any) -> None:
+        """Follow the streams of a Kafka topic and answer every observation with a forecast; serve the HTTP API.
+
+        Each setting comes from its flag, else from its CAROUSEL_* variable, else from the YAML file, else from its
+        default. SIGTERM or Ctrl-C ends it in order.
+        """
+        serve(**flags)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+app.command("serve")(command_of_settings())
+
+
+def columns(id_column: str, time_column: str, value_column: str, covariates: str, timezone: str | None) -> Columns:
+    from training.table import Columns
+
+    names = tuple(name.strip() for name in covariates.split(",") if name.strip())
+    return Columns(unique_id=id_column, ds=time_column, y=value_column, covariates=names, timezone=timezone)
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted(float(part) for part in text.replace(",", " ").split()))
+    except ValueError as error:
+        raise CarouselError(f"{option} takes numbers with commas between them, not {text!r}") from error
+
+
+def setup_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    if level != "debug":
+        logging.getLogger("kafka").setLevel(logging.ERROR)  # it warns of what is no trouble
+
+
+def quiet(*loggers: str) -> None:
+    """Libraries whose log would spoil a terminal's page; what matters of it comes back as an error."""
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def main() -> None:
+    """Run the command; what the user can mend ends in one line and status 1, Ctrl-C in status 130."""
+    try:
+        app()
+    except CarouselError as error:
+        print(f"carousel: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
