@@ -1,0 +1,229 @@
+"""A backtest forecasts as the service would, scores it beside the seasonal naive, and writes it down."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+
+from model.bundle import Bundle, save_bundle
+from model.network import Forecaster
+from tests.training.synthetic import SEASON, forecaster, series
+from training import backtest as backtest_module
+from training.backtest import CAROUSEL, NAIVE, Backtest, backtest, run
+from training.series import Series
+from training.table import Columns, TableError
+from training.windows import block_of, cut
+
+LENGTHS = (90, 61, 90, 33)
+LAST = 20
+
+
+def table() -> list[Series]:
+    made = [series(length, seed) for seed, length in enumerate(LENGTHS)]
+    made[0].y[40:44] = math.nan
+    made[1].y[-12] = math.nan
+    return made
+
+
+def starts(many: Sequence[Series], last: int = LAST) -> list[int]:
+    return [len(each.y) - last for each in many]
+
+
+@pytest.fixture
+def model() -> Forecaster:
+    return forecaster()
+
+
+def rows_of(result: Backtest, name: str) -> torch.Tensor:
+    return (result.of == result.ids.index(name)).nonzero()[:, 0]
+
+
+def live(model: Forecaster, each: Series) -> list[torch.Tensor]:
+    """The forecasts [H, Q] of a stream fed one observation at a time, after each of them."""
+    state, forecasts = model.initial_state(1), []
+    for step in range(len(each.y)):
+        forecast, state = model.advance(state, block_of([cut(each, step, step + 1)]))
+        forecasts.append(forecast.values[0, 0])
+    return forecasts
+
+
+def test_forecasts_are_those_of_a_stream_fed_one_by_one(model: Forecaster) -> None:
+    many = table()
+    result = backtest(model, many, starts(many), every=3)
+    for each in many:
+        forecasts = live(model, each)
+        rows = rows_of(result, each.unique_id)
+        assert len(rows) >= 5
+        for row in rows:
+            step = int(np.flatnonzero(each.ts_ms == result.origin_ms[row].item())[0])
+            torch.testing.assert_close(result.quantiles[CAROUSEL][row], forecasts[step], rtol=0, atol=1e-4)
+            np.testing.assert_array_equal(result.truth[row].numpy(), each.y[step + 1 : step + 5])
+
+
+@pytest.mark.parametrize(("block", "group"), [(40, 512), (4_000_000, 1), (700, 3)])
+def test_memory_bounds_change_no_forecast(
+    block: int, group: int, model: Forecaster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = table()
+    at_once = backtest(model, many, starts(many), every=1)
+    monkeypatch.setattr(backtest_module, "BLOCK_NUMBERS", block)
+    monkeypatch.setattr(backtest_module, "GROUP_STREAMS", group)
+    in_pieces = backtest(model, many, starts(many), every=1)
+    for method in (CAROUSEL, NAIVE):
+        torch.testing.assert_close(in_pieces.quantiles[method], at_once.quantiles[method], rtol=0, atol=1e-4)
+    assert torch.equal(in_pieces.origin_ms, at_once.origin_ms)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_origins_run_from_the_last_step_known_to_the_last_with_all_truths(every: int, model: Forecaster) -> None:
+    one = series(90)
+    result = backtest(model, [one], [70], every)
+    assert result.origin_ms.tolist() == one.ts_ms[69:86:every].tolist()
+    assert not result.truth.isnan().any()
+
+
+def test_no_forecast_is_issued_where_nothing_was_observed(model: Forecaster) -> None:
+    one = series(90)
+    one.y[75] = math.nan
+    result = backtest(model, [one], [70], 1)
+    assert one.ts_ms[75] not in result.origin_ms.tolist()
+    assert len(result.of) == 16
+    assert int(result.truth.isnan().sum()) == 4, "and as a truth it is unknown to the four origins before"
+    assert result.scores()[CAROUSEL].count == 16 * 4 - 4
+
+
+def test_without_a_stride_as_many_origins_as_fit(model: Forecaster, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(backtest(model, [series(90)], [70]).of) == 17
+    monkeypatch.setattr(backtest_module, "NUMBERS_MAX", 17 * 4 * 3 // 2)
+    assert len(backtest(model, [series(90)], [70]).of) == 9
+
+
+def test_the_seasonal_naive_repeats_the_last_season_with_the_spread_of_its_history(model: Forecaster) -> None:
+    one = series(90)
+    result = backtest(model, [one], [70], every=5)
+    misses = one.y[SEASON:70] - one.y[: 70 - SEASON]
+    for row, step in enumerate(range(69, 86, 5)):
+        point = one.y[step + 1 - SEASON : step + 5 - SEASON]
+        expected = point[:, None] + np.quantile(misses, (0.1, 0.5, 0.9))
+        np.testing.assert_allclose(result.quantiles[NAIVE][row].numpy(), expected)
+    assert result.naive_mae.unique().item() == pytest.approx(np.abs(misses).mean())
+
+
+def test_beyond_a_season_the_naive_spread_is_that_of_two() -> None:
+    one = series(90)
+    result = backtest(forecaster(horizon=12), [one], [70], every=50)
+    spread = result.quantiles[NAIVE][0] - torch.from_numpy(one.y[[*range(62, 70), *range(62, 66)]])[:, None]
+    for ahead, lag in ((7, SEASON), (8, 2 * SEASON)):
+        np.testing.assert_allclose(spread[ahead], np.quantile(one.y[lag:70] - one.y[: 70 - lag], (0.1, 0.5, 0.9)))
+
+
+def test_what_is_forecast_sets_no_scale(model: Forecaster) -> None:
+    one, other = series(90), series(90)
+    other.y[70:] *= 100
+    clean, changed = (backtest(model, [each], [70], every=50) for each in (one, other))
+    assert torch.equal(clean.naive_mae, changed.naive_mae)
+    assert torch.equal(clean.quantiles[NAIVE][0], changed.quantiles[NAIVE][0])
+
+
+def test_scores_overall_by_step_and_by_series_agree(model: Forecaster) -> None:
+    many = table()
+    result = backtest(model, many, starts(many), every=1)
+    total = result.scores()[CAROUSEL]
+    error = (result.quantiles[CAROUSEL][..., 1] - result.truth).abs() / result.naive_mae[:, None]
+    assert total.mase == pytest.approx(float(error.nanmean()))
+    parts = [row[CAROUSEL] for row in result.scores_by_step()]
+    assert len(parts) == 4
+    assert sum(part.count * part.mase for part in parts) / total.count == pytest.approx(total.mase)
+    by_series = result.scores_by_series()
+    assert set(by_series) == {each.unique_id for each in many}
+    parts = [row[CAROUSEL] for row in by_series.values()]
+    assert sum(part.count * part.coverage for part in parts) / total.count == pytest.approx(total.coverage)
+
+
+def test_forecasts_are_written_as_a_long_table(model: Forecaster, tmp_path: Path) -> None:
+    many = table()
+    result = backtest(model, many, starts(many), every=4)
+    result.write_forecasts(tmp_path / "forecasts.parquet")
+    frame = pd.read_parquet(tmp_path / "forecasts.parquet")
+    assert list(frame.columns) == ["unique_id", "origin", "step", "y", "q0.1", "q0.5", "q0.9"]
+    assert len(frame) == len(result.of) * 4
+    assert str(frame.origin.dtype).startswith("datetime64")
+    assert frame.origin.dt.tz is None
+    each = many[1]
+    first = frame[frame.unique_id == each.unique_id].iloc[:4]
+    assert first.step.tolist() == [1, 2, 3, 4]
+    start = len(each.y) - LAST
+    assert (first.origin == pd.Timestamp(each.ts_ms[start - 1], unit="ms")).all()
+    np.testing.assert_array_equal(first.y, each.y[start : start + 4])
+    np.testing.assert_allclose(first[["q0.1", "q0.5", "q0.9"]], live(model, each)[start - 1].numpy(), atol=1e-4)
+
+
+def test_a_series_broken_in_two_is_scored_as_one(model: Forecaster) -> None:
+    whole = series(180, name="a")
+    parts = [cut(whole, 0, 90), cut(whole, 90, 180)]
+    result = backtest(model, parts, starts(parts), every=1)
+    assert result.ids == ["a"]
+    assert result.scores_by_series()["a"] == result.scores()
+
+
+def test_nothing_to_forecast_is_said_in_one_line(model: Forecaster) -> None:
+    with pytest.raises(TableError, match=r"no series holds 4 steps .* the longest has 90 in all") as caught:
+        backtest(model, [series(90)], [88], 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def bundle(model: Forecaster, tmp_path: Path) -> Bundle:
+    return save_bundle(tmp_path / "bundle", model, name="tiny", training={"test_steps": 16}, scores={})
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Path:
+    frames = [
+        pd.DataFrame({"id": each.unique_id, "ds": pd.to_datetime(each.ts_ms, unit="ms"), "y": each.y})
+        for each in (series(90, 0), series(80, 1))
+    ]
+    pd.concat(frames).to_csv(tmp_path / "load.csv", index=False)
+    return tmp_path / "load.csv"
+
+
+def test_the_command_forecasts_what_was_held_back_and_prints_it(bundle: Bundle, csv: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    file = tmp_path / "forecasts.parquet"
+    result = run(bundle, csv, Columns(unique_id="id"), forecasts=file, console=console)
+    assert len(result.of) == 2 * (16 - 4 + 1)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"tiny-{bundle.weights_sha256[:8]}: 26 forecasts" in printed
+    for words in (CAROUSEL, NAIVE, "s0", "s1", "step ahead", f"{result.scores()[CAROUSEL].wql:.4f}"):
+        assert words in printed
+    assert len(pd.read_parquet(file)) == 26 * 4
+
+
+def test_the_command_takes_last_and_every(bundle: Bundle, csv: Path) -> None:
+    console = Console(file=io.StringIO())
+    result = run(bundle, csv, Columns(unique_id="id"), last=30, every=9, console=console)
+    assert len(result.of) == 2 * 3
+    whole = run(bundle, csv, Columns(unique_id="id"), last=10_000, every=1, console=console)
+    assert len(whole.of) == 90 + 80 - 2 * 4, "from the first observation on, where there are no more"
+
+
+def test_a_table_without_the_models_covariates_is_refused(csv: Path, tmp_path: Path) -> None:
+    heated = save_bundle(tmp_path / "heated", forecaster(covariates=("heat",)), name="h", training={}, scores={})
+    with pytest.raises(TableError, match="heat"):
+        run(heated, csv, Columns(unique_id="id"))
+
+
+def test_one_series_of_constants_has_no_mase_but_a_forecast(model: Forecaster) -> None:
+    flat = dataclasses.replace(series(90), y=np.full(90, 5.0))
+    result = backtest(model, [flat], [70], 1)
+    assert result.quantiles[CAROUSEL].isfinite().all()
+    assert math.isnan(result.scores()[CAROUSEL].mase)

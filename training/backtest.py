@@ -1,0 +1,301 @@
+"""Backtest: replay as served, beside the seasonal naive forecast.
+
+Each series is fed to `Forecaster.advance` from its first step, as its observations would come live, and the
+forecasts issued over its last part are kept. So the scores are those of the streaming model, warm-up, scaling and
+carried state included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from model.bundle import Bundle
+from model.config import ModelConfig
+from model.network import Forecaster
+from model.scoring import Scores, score
+from training.series import Series, to_grid
+from training.table import Columns, TableError, read_table
+from training.windows import block_of, cut, find_split
+
+CAROUSEL, NAIVE = "carousel", "seasonal naive"
+"""The methods, by the names that tables and bundles give them."""
+NUMBERS_MAX = 16_000_000
+"""Where K is not given, origins are thinned until the forecasts are no more numbers than these."""
+BLOCK_NUMBERS = 4_000_000
+"""And so many at most are in work at once."""
+GROUP_STREAMS = 512
+"""Series replayed side by side."""
+TABLE_ROWS = 20
+"""Series and horizons shown one by one, at most."""
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """Forecasts from N origins for the H steps after each, with what came true. All tensors float64.
+
+    series: by its unique_id; of [N]: the index of each origin's in `ids`. origin_ms [N] int64: the time of the last
+    observation seen. truth [N, H], NaN where missing. quantiles [N, H, Q], by method. naive_mae [N]: the error of the
+    seasonal naive point in the series' history before its first origin.
+    """
+
+    config: ModelConfig
+    ids: Sequence[str]
+    of: Tensor
+    origin_ms: Tensor
+    truth: Tensor
+    quantiles: Mapping[str, Tensor]
+    naive_mae: Tensor
+
+    def scores(self) -> dict[str, Scores]:
+        """Over everything, by method."""
+        return self._scores(torch.arange(len(self.of)), slice(None))
+
+    def scores_by_step(self) -> list[dict[str, Scores]]:
+        """For each of the H steps ahead alone."""
+        everything = torch.arange(len(self.of))
+        return [self._scores(everything, slice(step, step + 1)) for step in range(self.config.horizon)]
+
+    def scores_by_series(self) -> dict[str, dict[str, Scores]]:
+        """For each series alone, by its unique_id."""
+        return {
+            name: self._scores(rows, slice(None))
+            for number, name in enumerate(self.ids)
+            if len(rows := (self.of == number).nonzero()[:, 0])
+        }
+
+    def _scores(self, rows: Tensor, steps: slice) -> dict[str, Scores]:
+        truth = self.truth[rows, steps]
+        naive_mae = self.naive_mae[rows, None].expand_as(truth).flatten()
+        return {
+            method: score(quantiles[rows, steps].flatten(0, 1), truth.flatten(), naive_mae, self.config)
+            for method, quantiles in self.quantiles.items()
+        }
+
+    def write_forecasts(self, path: Path) -> None:
+        """Write the forecasts as Parquet, one row for each origin and step ahead.
+
+        Columns: unique_id, origin (the ds of the last observation seen, in UTC), step (1 ... H), y, and a column
+        q0.1 ... q0.9 for each quantile. Raises OSError where the file cannot be written.
+        """
+        horizon = self.config.horizon
+        names = np.asarray(self.ids, dtype=object)[self.of.numpy()]
+        origins = pd.to_datetime(self.origin_ms.numpy(), unit="ms")  # UTC, and like most tables without saying so
+        frame = pd.DataFrame(
+            {
+                "unique_id": np.repeat(names, horizon),
+                "origin": origins.repeat(horizon),
+                "step": np.tile(np.arange(1, horizon + 1), len(names)),
+                "y": self.truth.flatten().numpy(),
+            }
+        )
+        forecasts = self.quantiles[CAROUSEL].flatten(0, 1).numpy()
+        for number, quantile in enumerate(self.config.quantiles):
+            frame[f"q{quantile:g}"] = forecasts[:, number]
+        frame.to_parquet(path, index=False)
+
+
+def backtest(
+    forecaster: Forecaster, series: Sequence[Series], starts: Sequence[int], every: int | None = None
+) -> Backtest:
+    """Forecast the part from step `starts[i]` on of each series, from every `every`-th origin (None: as many as fit).
+
+    The first origin is the step before `starts[i]`, the last is H steps before the end, so that all truths lie in
+    the table. No forecast is issued where nothing was observed. Raises TableError if that leaves no origin at all.
+    """
+    config = forecaster.config
+    whole = [_origins(each, start, 1, config.horizon) for each, start in zip(series, starts, strict=True)]
+    if every is None:
+        numbers = sum(map(len, whole)) * config.horizon * len(config.quantiles)
+        every = max(1, math.ceil(numbers / NUMBERS_MAX))
+    chosen = [
+        _Chosen(each, start, origins)
+        for each, start in zip(series, starts, strict=True)
+        if len(origins := _origins(each, start, every, config.horizon))
+    ]
+    if not chosen:
+        longest = max((len(each.y) for each in series), default=0)
+        raise TableError(
+            f"nothing to backtest on: no series holds {config.horizon} steps (the horizon) in its held-back end, and"
+            f" the longest has {longest} in all; a longer table, a shorter horizon or more steps held back would help"
+        )
+    chosen.sort(key=lambda each: each.length, reverse=True)
+    forecaster.eval()
+    replayed: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(chosen), GROUP_STREAMS):
+        replayed += _replay(forecaster, chosen[first : first + GROUP_STREAMS])
+    return _assembled(config, chosen, replayed)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A series to forecast from step `start` on, and the steps at which forecasts are issued."""
+
+    series: Series
+    start: int
+    origins: NDArray[np.int64]
+
+    @property
+    def length(self) -> int:
+        return len(self.series.y)
+
+
+def _origins(series: Series, start: int, every: int, horizon: int) -> NDArray[np.int64]:
+    steps = np.arange(max(start, 1) - 1, len(series.y) - horizon, every)
+    return steps[~np.isnan(series.y[steps])]
+
+
+def _replay(forecaster: Forecaster, group: Sequence[_Chosen]) -> list[tuple[Tensor, Tensor]]:
+    """Feed series, the longest first, to the model. -> for each, base [n, H] and quantiles [n, H, Q] at its origins.
+
+    They stand aligned at their ends, for there the origins are; a shorter one joins when it begins. Where we are is
+    counted in steps before the end.
+    """
+    config = forecaster.config
+    first_origin = max(each.length - int(each.origins[0]) for each in group)
+    numbers = max(config.horizon * len(config.quantiles), config.context)
+    forecasts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in group]
+    state = forecaster.initial_state(0)
+    at = group[0].length
+    while at > config.horizon:
+        present = [each for each in group if each.length >= at]
+        beginning = forecaster.initial_state(len(present) - len(state["h"]))
+        state = {name: torch.cat((rows, beginning[name])) for name, rows in state.items()}
+        emit = at <= first_origin
+        later = [each.length for each in group[len(present) :]] + ([] if emit else [first_origin])
+        stop = max(0, at - max(1, BLOCK_NUMBERS // (len(present) * numbers)), *later)
+        block = block_of([cut(each.series, each.length - at, each.length - stop) for each in present])
+        forecast, state = forecaster.advance(state, block, last=None if emit else 1)
+        if emit:
+            values = forecast.values
+            for row, each in enumerate(present):
+                column = each.origins - (each.length - at)
+                column = column[(column >= 0) & (column < at - stop)]
+                forecasts[row].append((forecast.base[row, column], values[row, column]))
+        at = stop
+    return [(torch.cat([base for base, _ in each]), torch.cat([values for _, values in each])) for each in forecasts]
+
+
+def _assembled(config: ModelConfig, chosen: Sequence[_Chosen], replayed: Sequence[tuple[Tensor, Tensor]]) -> Backtest:
+    number = {name: k for k, name in enumerate(dict.fromkeys(each.series.unique_id for each in chosen))}
+    ahead = np.arange(1, config.horizon + 1)
+    counts = torch.tensor([len(each.origins) for each in chosen])
+    naive = [
+        base[..., None] + _naive_spread(each.series.y[: each.start], config)
+        for each, (base, _) in zip(chosen, replayed, strict=True)
+    ]
+    return Backtest(
+        config=config,
+        ids=list(number),
+        of=torch.tensor([number[each.series.unique_id] for each in chosen]).repeat_interleave(counts),
+        origin_ms=torch.cat([torch.from_numpy(each.series.ts_ms[each.origins]) for each in chosen]),
+        truth=torch.cat([torch.from_numpy(each.series.y[each.origins[:, None] + ahead]) for each in chosen]),
+        quantiles={CAROUSEL: torch.cat([values for _, values in replayed]), NAIVE: torch.cat(naive)},
+        naive_mae=torch.tensor([naive_mae(each.series.y[: each.start], config.season) for each in chosen])
+        .double()
+        .repeat_interleave(counts),
+    )
+
+
+def naive_mae(history: NDArray[np.float64], season: int) -> float:
+    """The mean absolute error of "as a season ago" over a history; NaN if it is shorter than that.
+
+    >>> naive_mae(np.array([1.0, 2.0, 3.0, np.nan, 6.0]), season=2)
+    2.5
+    """
+    errors = np.abs(history[season:] - history[:-season])
+    return float(np.nanmean(errors)) if (~np.isnan(errors)).any() else math.nan
+
+
+def _naive_spread(history: NDArray[np.float64], config: ModelConfig) -> Tensor:
+    """Quantiles about the seasonal naive point, [H, Q]: of what it missed, as many seasons ahead, in the history."""
+    spread = torch.zeros(config.horizon, len(config.quantiles), dtype=torch.float64)
+    for first in range(0, config.horizon, config.season):
+        lag = first + config.season
+        misses = history[lag:] - history[:-lag]
+        misses = misses[~np.isnan(misses)]
+        if len(misses):
+            spread[first:lag] = torch.from_numpy(np.quantile(misses, config.quantiles))
+    return spread
+
+
+def run(
+    bundle: Bundle,
+    table: Path,
+    columns: Columns,
+    *,
+    last: int | None = None,
+    every: int | None = None,
+    forecasts: Path | None = None,
+    console: Console | None = None,
+) -> Backtest:
+    """`carousel backtest`: replay a table, print how good the forecasts were, and write them where asked.
+
+    last: how many steps at the end of each series are forecast (None: those held back when the bundle was trained);
+    every: of the origins there, each so-manieth. Covariates are those of the bundle, whatever `columns` says. Raises
+    TableError if the table cannot be read or is too short, OSError if the file cannot be written.
+    """
+    config = bundle.config
+    columns = dataclasses.replace(columns, covariates=config.covariates)
+    series = to_grid(read_table(table, columns), config.grid, config.max_gap)
+    lengths = [len(each.y) for each in series]
+    if last is None:
+        split = find_split(lengths, config.horizon, bundle.training.get("test_steps"))
+        starts = [split.test_start(length) for length in lengths]
+    else:
+        starts = [max(1, length - last) for length in lengths]
+    result = backtest(bundle.forecaster, series, starts, every)
+    console = console or Console()
+    console.print(
+        f"{bundle.model_id}: {len(result.of):,} forecasts", summary(result.scores()), sep="\n", highlight=False
+    )
+    console.print(_by_step(result), _by_series(result))
+    if forecasts:
+        result.write_forecasts(forecasts)
+        console.print(f"forecasts written to {forecasts}")
+    return result
+
+
+def summary(scores: Mapping[str, Scores]) -> Table:
+    """The overall scores, one row a method."""
+    table = Table("method")
+    for measure in ("wql", "mase", "coverage"):
+        table.add_column(measure, justify="right")
+    for method, row in scores.items():
+        table.add_row(method, f"{row.wql:.4f}", f"{row.mase:.3f}", f"{row.coverage:.1%}")
+    return table
+
+
+def _by_step(result: Backtest) -> Table:
+    scores = result.scores_by_step()
+    shown = sorted({round(step) for step in np.linspace(0, len(scores) - 1, TABLE_ROWS // 2)})
+    return _breakdown("step ahead", ((str(step + 1), scores[step]) for step in shown))
+
+
+def _by_series(result: Backtest) -> Table:
+    scores = result.scores_by_series()
+    hardest = sorted(scores, key=lambda name: -np.nan_to_num(scores[name][CAROUSEL].mase))[:TABLE_ROWS]
+    heading = "series" if len(hardest) == len(scores) else f"series (the hardest {TABLE_ROWS} of {len(scores):,})"
+    return _breakdown(heading, ((name, scores[name]) for name in hardest))
+
+
+def _breakdown(heading: str, rows: Iterable[tuple[str, Mapping[str, Scores]]]) -> Table:
+    table = Table(heading)
+    for measure in ("wql", f"{NAIVE}'s", "mase", f"{NAIVE}'s", "coverage"):
+        table.add_column(measure, justify="right")
+    for name, row in rows:
+        ours, naive = row[CAROUSEL], row[NAIVE]
+        numbers = (f"{ours.wql:.4f}", f"{naive.wql:.4f}", f"{ours.mase:.3f}", f"{naive.mase:.3f}")
+        table.add_row(name, *numbers, f"{ours.coverage:.1%}")
+    return table
