@@ -16,19 +16,23 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
+import model
+import training
 from deploy.broker import BrokerConfig, EmbeddedBroker
 from deploy.distribution import cache_dir
 from deploy.java import end, spawn
@@ -47,6 +51,9 @@ TRAINING = ("--horizon", "24", "--test", str(HELD_BACK), "--seed", "0", "--name"
 START_LIMIT_S = 90.0
 STOP_LIMIT_S = 15.0
 REFRESH_S = 0.5
+RATE_OVER_S = 5.0
+SEASON = 24
+TOPIC = "carousel.forecasts"
 LINE_EVERY_S = 5.0
 
 
@@ -64,25 +71,48 @@ class DemoConfig:
     http_port: int = 8000
 
 
+@dataclass
+class Tally:
+    """What came for one stream over the forecasts topic; scored on the held-back part alone, one step ahead."""
+
+    forecasts: int = 0
+    status: str = ""
+    observed: deque[float] = field(default_factory=lambda: deque(maxlen=SEASON))
+    open: tuple[float, ...] = ()
+    scored: int = 0
+    error: float = 0.0
+    naive_error: float = 0.0
+    hits: int = 0
+
+    def take(self, forecast: dict[str, Any]) -> None:
+        """Settle the open forecast with what was observed, and open the next."""
+        self.forecasts += 1
+        self.status = forecast["status"]
+        value = forecast["observed"]
+        if value is None:
+            return
+        if self.forecasts > WARM_UP and len(self.observed) == SEASON:
+            low, *_, high = self.open
+            self.scored += 1
+            self.error += abs(value - self.open[len(self.open) // 2])
+            self.naive_error += abs(value - self.observed[0])
+            self.hits += low <= value <= high
+        self.observed.append(value)
+        self.open = tuple(steps[0] for steps in forecast["quantiles"].values())
+
+
 @dataclass(frozen=True)
 class View:
-    """What is seen of the running service at one moment."""
+    """What is seen of the flow at one moment. latency_ms: by share of the records, of the live part alone."""
 
     elapsed_s: float
     sent: int
     forecasts: int
-    streams: Sequence[dict[str, Any]]
+    per_second: float
     lag_records: int
-    latency_ms: dict[float, float]
-
-    @property
-    def scored(self) -> list[dict[str, Any]]:
-        return [stream for stream in self.streams if stream["scores"]["scored"]]
-
-    def mean(self, score: str) -> float | None:
-        """A score over all streams alike; None before the first truth came."""
-        values = [stream["scores"][score] for stream in self.scored if stream["scores"][score] is not None]
-        return sum(values) / len(values) if values else None
+    latency_ms: Mapping[float, float]
+    error: float | None
+    coverage: float | None
 
 
 def run(config: DemoConfig, console: Console | None = None) -> bool:
@@ -114,9 +144,12 @@ def run(config: DemoConfig, console: Console | None = None) -> bool:
 
 
 def bundle_directory() -> Path:
-    """Where the demo's model is kept: another sample, or another way to train it, is another model."""
-    key = hashlib.sha256(SAMPLE.read_bytes() + json.dumps(TRAINING).encode()).hexdigest()[:12]
-    return cache_dir() / f"demo-{key}"
+    """Where the demo's model is kept: another sample, or other code that learns from it, is another model."""
+    key = hashlib.sha256(SAMPLE.read_bytes() + json.dumps(TRAINING).encode())
+    for package in (model, training):
+        for source in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+            key.update(source.read_bytes())
+    return cache_dir() / f"demo-{key.hexdigest()[:12]}"
 
 
 def _bundle(console: Console) -> Path:
@@ -125,7 +158,7 @@ def _bundle(console: Console) -> Path:
     if not (bundle / "config.json").exists():
         console.print(f"training a model on {SAMPLE.name} (once; about a minute and a half on two cores)")
         bundle.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "carousel", "train", str(SAMPLE), "--out", str(bundle), "--resume", *TRAINING]
+        command = [sys.executable, "-m", "carousel", "train", str(SAMPLE), "--out", str(bundle), *TRAINING]
         trainer = subprocess.Popen(command)  # noqa: S603 - ours; it shares the terminal, and its Ctrl-C
         try:
             status = trainer.wait()
@@ -181,19 +214,20 @@ class Flow:
 
     def __init__(self, servers: str, url: str, series: Sequence[Observed]) -> None:
         self.servers, self.url, self.series = servers, url, series
-        self.sent = 0
-        self.forecasts: Counter[str] = Counter()
+        self.tallies = {each.unique_id: Tally() for each in series}
+        self._sent = 0
         self._started = time.monotonic()
+        self._live = threading.Event()
         self._stopping = threading.Event()
         self._failure: CarouselError | None = None
+        self._before_live: dict[float, float] = {}
+        self._marks: deque[tuple[float, int]] = deque(maxlen=int(RATE_OVER_S / REFRESH_S))
         self._consumer = KafkaConsumer(bootstrap_servers=servers, group_id=None, auto_offset_reset="latest")
-        topic = "carousel.forecasts"
-        partitions = [TopicPartition(topic, p) for p in sorted(self._consumer.partitions_for_topic(topic))]
+        partitions = [TopicPartition(TOPIC, p) for p in sorted(self._consumer.partitions_for_topic(TOPIC))]
         self._consumer.assign(partitions)
         self._consumer.seek_to_end(*partitions)
         for partition in partitions:
             self._consumer.position(partition)  # from here on, before the first observation is sent
-        self._last: View | None = None
 
     def play(self, config: DemoConfig, console: Console) -> None:
         """Replay and show, until the time is over; without a limit, until Ctrl-C."""
@@ -204,10 +238,11 @@ class Flow:
             while not self._failure:
                 self._consume()
                 view = self.view()
-                live.update(_picture(view), refresh=True)
-                if not console.is_terminal and time.monotonic() - printed > LINE_EVERY_S:
+                if console.is_terminal:
+                    live.update(picture(view, self.tallies), refresh=True)
+                elif time.monotonic() - printed > LINE_EVERY_S:
                     printed = time.monotonic()
-                    console.print(_line(view))
+                    console.print(line(view), soft_wrap=True)
                 if config.for_s is not None and view.elapsed_s > config.for_s:
                     break
         self._stopping.set()
@@ -221,49 +256,74 @@ class Flow:
         self._consumer.close()
 
     def _replay(self, speed: float) -> None:
-        """The recent past at once, then the held-back end at speed."""
+        """The recent past at once; when it is through, the held-back end at speed."""
         past = [_rows(each, -HELD_BACK - WARM_UP, -HELD_BACK) for each in self.series]
         live = [_rows(each, -HELD_BACK, None) for each in self.series]
-        sent = 0
-
-        def note(count: int) -> None:
-            self.sent = sent + count
-
         try:
-            for part, pace in ((past, 0.0), (live, speed)):
-                plan = ReplayConfig(self.servers, speed=pace, align=True)
-                sent += replay(part, plan, note, self._stopping)
+            self._send(past, 0.0)
+            while self._forecasts() < self._sent and not self._stopping.wait(REFRESH_S):
+                pass
+            self._before_live = self._latencies(self._scrape())
+            self._live.set()
+            self._send(live, speed)
         except CarouselError as error:
             self._failure = error
 
+    def _send(self, series: Sequence[Observed], speed: float) -> None:
+        before = self._sent
+
+        def note(count: int) -> None:
+            self._sent = before + count
+
+        replay(series, ReplayConfig(self.servers, speed=speed, align=True), note, self._stopping)
+
     def _consume(self) -> None:
         for records in self._consumer.poll(int(REFRESH_S * 1000)).values():
-            self.forecasts.update(record.key.decode() for record in records)
+            for record in records:
+                self.tallies[record.key.decode()].take(json.loads(record.value))
 
-    def view(self) -> View:
-        """What is to be seen now; the last view if the service does not answer any more."""
+    def _forecasts(self) -> int:
+        return sum(tally.forecasts for tally in self.tallies.values())
+
+    def _scrape(self) -> dict[str, Metric]:
         try:
-            streams = json.loads(_get(f"{self.url}/v1/streams?limit=1000"))["streams"]
-            families = {f.name: f for f in text_string_to_metric_families(_get(f"{self.url}/metrics").decode())}
+            text = _get(f"{self.url}/metrics").decode()
         except OSError as error:
-            if self._last is None:
-                raise DemoError(f"the worker at {self.url} does not answer: {error}") from error
-            return self._last
-        lag = sum(sample.value for sample in families["carousel_consumer_lag_records"].samples)
-        buckets = {
-            float(sample.labels["le"]): sample.value
+            raise DemoError(f"the worker at {self.url} does not answer: {error}") from error
+        return {family.name: family for family in text_string_to_metric_families(text)}
+
+    def _latencies(self, families: dict[str, Metric]) -> dict[float, float]:
+        """The cumulative buckets of the end-to-end latency, less those from before the live part."""
+        return {
+            bound: sample.value - self._before_live.get(bound, 0.0)
             for sample in families["carousel_end_to_end_latency_seconds"].samples
             if sample.name.endswith("_bucket")
+            for bound in [float(sample.labels["le"])]
         }
-        self._last = View(
-            time.monotonic() - self._started,
-            self.sent,
-            sum(self.forecasts.values()),
-            streams,
-            int(lag),
-            {share: 1000 * quantile(buckets, share) for share in (0.5, 0.99)},
+
+    def view(self) -> View:
+        """What is to be seen now. Raises DemoError if the worker does not answer."""
+        families = self._scrape()
+        now, forecasts = time.monotonic(), self._forecasts()
+        self._marks.append((now, forecasts))
+        seconds = max(now - self._marks[0][0], REFRESH_S)
+        latencies = self._latencies(families) if self._live.is_set() else {}
+        tallies = self.tallies.values()
+        scored, naive = sum(t.scored for t in tallies), sum(t.naive_error / (t.scored or 1) for t in tallies)
+        return View(
+            elapsed_s=now - self._started,
+            sent=self._sent,
+            forecasts=forecasts,
+            per_second=(forecasts - self._marks[0][1]) / seconds,
+            lag_records=int(sum(sample.value for sample in families["carousel_consumer_lag_records"].samples)),
+            latency_ms={share: 1000 * quantile(latencies, share) for share in (0.5, 0.99)},
+            error=_mean([t.error / t.naive_error for t in tallies if t.naive_error]) if naive else None,
+            coverage=sum(t.hits for t in tallies) / scored if scored else None,
         )
-        return self._last
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def quantile(buckets: dict[float, float], share: float) -> float:
@@ -286,46 +346,50 @@ def _rows(series: Observed, start: int, stop: int | None) -> Observed:
     return dataclasses.replace(series, ts_ms=series.ts_ms[part], y=series.y[part], covariates=series.covariates[part])
 
 
-def _picture(view: View) -> RenderableType:
-    table = Table("stream", "status", *_RIGHT)
-    for stream in view.streams:
-        scores = stream["scores"]
+def picture(view: View, tallies: Mapping[str, Tally]) -> RenderableType:
+    """A line on the whole, and a row a stream."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("stream", no_wrap=True)
+    for heading in ("forecasts", "last", "next, 80%", "error/naive", "in 80%"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stream, tally in sorted(tallies.items()):
         table.add_row(
-            stream["stream"],
-            stream["status"],
-            f"{stream['count']:,}",
-            _number(stream["observed"], ",.1f"),
-            _number(scores["mase"], ".3f"),
-            _number(scores["coverage"], ".0%"),
+            stream,
+            f"{tally.forecasts:,}",
+            _short(tally.observed[-1]) if tally.observed else "–",
+            f"{_short(tally.open[0])}…{_short(tally.open[-1])}" if tally.open else "–",
+            f"{tally.error / tally.naive_error:.2f}" if tally.naive_error else "–",
+            f"{tally.hits / tally.scored:.0%}" if tally.scored else "–",
         )
-    return Group(_line(view), table)
+    return Group(line(view), table)
 
 
-_RIGHT = ("observations", "last value", "error / naive", "in interval")
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _line(view: View) -> str:
-    rate = view.forecasts / max(view.elapsed_s, 1e-9)
-    return (
-        f"{view.elapsed_s:4.0f} s  sent {view.sent:,}  forecasts {view.forecasts:,} ({rate:,.0f}/s)"
-        f"  lag {view.lag_records:,}  end to end p50 {view.latency_ms[0.5]:.0f} ms p99 {view.latency_ms[0.99]:.0f} ms"
-        f"  error beside seasonal naive {_number(view.mean('mase'), '.3f')}"
-        f"  within 80% interval {_number(view.mean('coverage'), '.0%')}"
-    )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def line(view: View) -> str:
+    """The whole flow in a line. The error is the median forecast's, one step ahead, over the seasonal naive one's."""
+    parts = [
+        f"{view.elapsed_s:3.0f} s",
+        f"sent {view.sent:,}",
+        f"forecasts {view.forecasts:,} ({view.per_second:,.0f}/s)",
+        f"lag {view.lag_records:,}",
+        f"end to end p50 {view.latency_ms[0.5]:.0f} ms, p99 {view.latency_ms[0.99]:.0f} ms",
+    ]
+    if view.error is not None and view.coverage is not None:
+        parts.append(f"error beside seasonal naive {view.error:.2f}, in 80% interval {view.coverage:.0%}")
+    return " · ".join(parts)
 
 
 def _summary(flow: Flow, console: Console) -> bool:
     """Say what was counted. -> whether each stream's forecasts came over Kafka."""
-    console.print(_picture(flow.view()))
-    silent = sorted({each.unique_id for each in flow.series} - set(flow.forecasts))
+    console.print(picture(flow.view(), flow.tallies))
+    silent = sorted(stream for stream, tally in flow.tallies.items() if not tally.forecasts)
     if silent:
         console.print(f"[red]no forecast came for {len(silent)} streams: {', '.join(silent)}[/red]")
         return False
-    console.print(f"[green]forecasts flowed for all {len(flow.series)} streams[/green]")
+    console.print(f"[green]forecasts flowed for all {len(flow.tallies)} streams[/green]")
     return True
 
 

@@ -76,7 +76,7 @@ def test_it_forecasts_every_stream_says_what_it_counted_and_leaves_nothing(train
     assert "forecasts flowed for all 17 streams" in text
     assert "/v1/streams" in text
     assert "/metrics" in text
-    for figure in ("forecasts", "lag", "end to end p50", "error beside seasonal naive", "within 80% interval"):
+    for figure in ("forecasts", "lag", "end to end p50", "error beside seasonal naive", "in 80% interval"):
         assert figure in text
     assert running(trained) == []
 
