@@ -99,7 +99,7 @@ def train(
     hidden_size: Annotated[int, typer.Option(help="Numbers in h and in C, a layer.")] = 64,
     layers: Annotated[int, typer.Option(help="Recurrent layers.")] = 2,
     dropout: Annotated[float, typer.Option(help="Dropped between layers while training.")] = 0.0,
-    epochs: Annotated[int | None, typer.Option(help="Most epochs.  \\[default: 30]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Most epochs.  \\[default: 20]")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Begin no epoch later than this.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the cycle.")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal models, on the same machine.")] = 0,

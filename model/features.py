@@ -123,7 +123,7 @@ def calendar(ts_ms: Tensor) -> Tensor:
 
 def scaled(values: Tensor, level: Tensor, scale: Tensor) -> Tensor:
     """Values in a step's own units, as float32: 0 where unknown, cut at +-CLIP."""
-    return ((values - level) / scale).nan_to_num(0.0).clamp(-CLIP, CLIP).float()
+    return ((values - level) / scale).float().nan_to_num(0.0).clamp(-CLIP, CLIP)
 
 
 class Features(nn.Module):

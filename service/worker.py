@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 POLL_MS = 100
 LAG_EVERY_S = 1.0
-STALLED_S = 60.0
+STALLED_S = 180.0
+"""Longer than a commit may wait for a broker that is away: a restart would not bring it back."""
 
 
 class Worker:

@@ -135,9 +135,8 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
     def lag(self) -> Mapping[int, int]:
         lag = {}
         for tp in self._consumer.assignment():
-            highwater = self._consumer.highwater(tp)
-            if highwater is not None:
-                lag[tp.partition] = max(0, highwater - self._consumer.position(tp))
+            highwater = self._consumer.highwater(tp)  # None before the first fetch; the position would be asked for
+            lag[tp.partition] = 0 if highwater is None else max(0, highwater - self._consumer.position(tp))
         return lag
 
     def close(self) -> None:

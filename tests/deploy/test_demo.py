@@ -65,7 +65,8 @@ def running(home: Path) -> list[str]:
 
 def lines(process: subprocess.Popen[str]) -> Iterator[str]:
     assert process.stdout
-    yield from process.stdout
+    while line := process.stdout.readline():
+        yield line
 
 
 def test_it_forecasts_every_stream_says_what_it_counted_and_leaves_nothing(trained: Path) -> None:
