@@ -283,7 +283,7 @@ def setup_logging(level: str) -> None:
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     if level != "debug":
-        logging.getLogger("kafka").setLevel(logging.ERROR)  # it warns of what is no trouble
+        quiet("kafka")  # a broker that is away is worth a line, not fifty
 
 
 def quiet(*loggers: str) -> None:

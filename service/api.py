@@ -308,7 +308,9 @@ def _add_operations(app: FastAPI, worker: Pulse, metrics: Metrics) -> None:
     async def readyz() -> Response:
         """200 while the worker takes part in its group and has its streams."""
         if not worker.ready:
-            raise Refused(503, "the worker is not (or no longer) a settled member of its group")
+            raise Refused(
+                503, "Kafka does not answer, or the worker is not (or no longer) a settled member of its group"
+            )
         return json_answer({"status": "ready"})
 
     @app.get(

@@ -43,13 +43,13 @@ class Worker:
         self._consumed = metrics.consumed.labels(settings.observations_topic)
         self._turned_at = time.monotonic()
         self._lag_at = 0.0
+        self._ready = False
+        self._kafka_answers = True
 
     @property
     def ready(self) -> bool:
-        """Whether this worker takes part in its group."""
+        """Whether Kafka answers and this worker is a settled member of its group."""
         return self._ready and not self._stopping.is_set()
-
-    _ready = False
 
     @property
     def alive(self) -> bool:
@@ -104,10 +104,20 @@ class Worker:
             self.metrics.end_to_end_seconds.observe(np.maximum(self._now_s() - causes_ms / 1000, 0))
 
     def _watch(self) -> None:
-        self._ready = self.transport.stable
+        lags = self.transport.lag()
+        self._answered(lags is not None)
+        self._ready = lags is not None and self.transport.stable
         self.metrics.ready.set(self._ready)
-        for partition, lag in self.transport.lag().items():
+        for partition, lag in (lags or {}).items():
             self.metrics.lag.labels(self.settings.observations_topic, str(partition)).set(lag)
+
+    def _answered(self, answers: bool) -> None:
+        """Say it once when Kafka goes, and once when it is back."""
+        if self._kafka_answers and not answers:
+            log.error("Kafka at %s does not answer; waiting for it", self.settings.bootstrap_servers)
+        elif answers and not self._kafka_answers:
+            log.info("Kafka at %s answers again", self.settings.bootstrap_servers)
+        self._kafka_answers = answers
 
 
 def next_offsets(records: Sequence[Record]) -> dict[int, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
+from deploy.broker import BrokerConfig, EmbeddedBroker
 from tests.served import HOUR_MS, START_MS, Served, group_members, observation, random_bundle, serving, until
 
 STREAMS, STEPS = 50, 200
@@ -210,6 +213,27 @@ def committed(served: Served) -> int:
     offset = consumer.committed(TopicPartition(served.observations, 0))
     consumer.close()
     return int(offset or 0)
+
+
+def test_a_broker_that_goes_away_is_waited_for_and_nothing_is_lost(bundle: Path, tmp_path: Path) -> None:
+    data = BrokerConfig(data_dir=tmp_path / "kafka")
+    with EmbeddedBroker(data) as broker:
+        with serving(bundle, broker.bootstrap_servers, tmp_path) as served:
+            served.produce([(b"a", observation(0, 1.0))])
+            assert len(served.read(served.forecasts, 1)) == 1
+            assert broker.pid
+            os.kill(broker.pid, signal.SIGKILL)
+            until("the worker to say that it is not ready", lambda: not served.ready())
+            assert httpx.get(f"{served.url}/livez").status_code == 200, "to restart the worker would be no help"
+            assert served.predict(stream="a")["count"] == 1, "what it knows it still tells"
+            with EmbeddedBroker(data):
+                until("the worker to be ready again", served.ready)
+                served.produce([(b"a", observation(1, 2.0))])
+                counts = [json.loads(record.value)["count"] for record in served.read(served.forecasts, 2)]
+                assert counts == [1, 2]
+                assert served.stop() == 0
+        said = served.log_file.read_text()
+    assert said.count("does not answer") == said.count("answers again") == 1
 
 
 def test_two_workers_share_the_partitions_and_one_takes_over_when_the_other_leaves(

@@ -43,8 +43,8 @@ class Transport(Protocol):
     def stable(self) -> bool:
         """Whether this worker is a settled member of its group."""
 
-    def lag(self) -> Mapping[int, int]:
-        """Records not yet polled, by assigned partition; asks nobody."""
+    def lag(self) -> Mapping[int, int] | None:
+        """Records not yet polled, by assigned partition; None if Kafka does not answer within a second."""
 
     def close(self) -> None:
         """Leave the group and hang up, in bounded time."""

@@ -30,6 +30,7 @@ DELIVERY_TIMEOUT_S = 120
 JOIN_POLL_MS = 100
 """A shorter poll, while the member joins, drops the join half-way: kafka-python then never joins."""
 CLOSE_TIMEOUT_S = 5
+ANSWER_TIMEOUT_MS = 1_000
 
 
 class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -44,6 +45,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             "bootstrap_servers": settings.bootstrap_servers.split(","),
             "client_id": client_id,
             "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
+            "reconnect_backoff_max_ms": 1_000,  # by default a broker that is back may be overlooked for half a minute
         }
         self._noted = threading.Lock()
         self._assigned: set[int] = set()
@@ -132,12 +134,14 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
     def stable(self) -> bool:
         return bool(self._consumer.group_metadata().state == MemberState.STABLE)
 
-    def lag(self) -> Mapping[int, int]:
-        lag = {}
-        for tp in self._consumer.assignment():
-            highwater = self._consumer.highwater(tp)  # None before the first fetch; the position would be asked for
-            lag[tp.partition] = 0 if highwater is None else max(0, highwater - self._consumer.position(tp))
-        return lag
+    def lag(self) -> Mapping[int, int] | None:
+        partitions = self._consumer.assignment()
+        try:
+            ends = self._consumer.end_offsets(partitions, timeout_ms=ANSWER_TIMEOUT_MS)
+            positions = {tp: self._consumer.position(tp, timeout_ms=ANSWER_TIMEOUT_MS) for tp in partitions}
+        except KafkaError:  # the group's state says nothing of it: the member stays <stable> while no broker is there
+            return None
+        return {tp.partition: max(0, ends[tp] - position) for tp, position in positions.items()}
 
     def close(self) -> None:
         for hang_up in (
