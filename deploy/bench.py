@@ -178,7 +178,6 @@ def _client(settings: Settings, records: list[Record], values: list[bytes]) -> f
 
 
 def _worker(bundle: Bundle, settings: Settings, records: list[Record]) -> float:
-    _load(settings, records)
     delivered = 0
 
     def count(outgoing: Sequence[Outgoing]) -> None:
@@ -188,15 +187,17 @@ def _worker(bundle: Bundle, settings: Settings, records: list[Record]) -> float:
     metrics = Metrics()
     transport = KafkaPython(settings, "bench")
     worker = Worker(Engine(bundle, settings, metrics), transport, settings, metrics, count)
-    while not delivered:  # joining the group is no part of the figure
+    while not worker.ready:  # joining the group is no part of the figure, nor is loading the topic
         worker.turn()
-    first = delivered
+    transport.pause(range(PARTITIONS))
+    _load(settings, records)
+    transport.resume(range(PARTITIONS))
 
     def through() -> None:
         while delivered < len(records):
             worker.turn()
 
-    rate = _rate(len(records) - first, through)
+    rate = _rate(len(records), through)
     transport.close()
     return rate
 

@@ -14,15 +14,13 @@ import errno
 import logging
 import re
 import shutil
-import signal
 import socket
 import struct
 import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final, Self
@@ -30,7 +28,7 @@ from typing import BinaryIO, Final, Self
 from rich.console import Console
 
 from deploy.distribution import KAFKA_VERSION, BrokerError, Distribution, OnProgress, installed
-from deploy.java import end, ending, failure, locked_log, run_to_end, spawn
+from deploy.java import end, ending, failure, locked_log, run_to_end, signals_interrupt, spawn
 
 __all__ = ["BrokerConfig", "BrokerError", "EmbeddedBroker", "run"]
 
@@ -287,7 +285,7 @@ def run(port: int, data_dir: Path | None) -> None:
     Raises BrokerError when it cannot start, or ends by itself.
     """
     console = Console(highlight=False, soft_wrap=True)
-    with suppress(KeyboardInterrupt), _signals_interrupt():
+    with suppress(KeyboardInterrupt), signals_interrupt():
         with console.status("starting Apache Kafka") as status:
 
             def show(text: str) -> None:
@@ -305,19 +303,3 @@ def run(port: int, data_dir: Path | None) -> None:
             broker.wait()
         finally:
             broker.stop()
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP as Ctrl-C, unless they are ignored (`nohup`), so that each stops what was started."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    chosen = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in chosen}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,15 +10,14 @@ import dataclasses
 import hashlib
 import json
 import logging
-import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ import model
 import training
 from deploy.broker import BrokerConfig, EmbeddedBroker
 from deploy.distribution import cache_dir
-from deploy.java import end, spawn
+from deploy.java import end, signals_interrupt, spawn
 from deploy.replay import ReplayConfig, replay
 from model.errors import CarouselError
 from training.table import Observed, read_table
@@ -122,7 +121,7 @@ def run(config: DemoConfig, console: Console | None = None) -> bool:
     """
     console = console or Console(highlight=False)
     with ExitStack() as stack:
-        stack.enter_context(_terminated_as_interrupted())
+        stack.enter_context(signals_interrupt())
         bundle = _bundle(console)
         servers = config.bootstrap_servers or _broker(stack, console).bootstrap_servers
         with console.status("starting the worker …"):
@@ -396,18 +395,3 @@ def _summary(flow: Flow, console: Console) -> bool:
 def _get(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own, on this machine
         return bytes(answer.read())
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the demo as Ctrl-C does: in order."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -92,6 +92,22 @@ def end(process: subprocess.Popen[bytes], limit_s: float) -> None:
         process.wait()
 
 
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP as Ctrl-C, unless they are ignored (`nohup`), so that each stops what was started."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    chosen = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in chosen}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def ending(status: int) -> str:
     """An exit status in words.
 

@@ -23,7 +23,7 @@ from model.scoring import LiveScores
 from model.state import Rows, Schema
 from service import grid
 from service.arena import Arena, Full, StreamKey
-from service.errors import Reason, Rejected
+from service.errors import Reason, Rejected, ServiceError
 from service.history import History
 from service.metrics import BatchHistogram, Metrics
 from service.records import (
@@ -40,6 +40,8 @@ from service.records import (
 from service.settings import Settings
 from service.waves import waves
 
+FORECAST_NUMBERS_MAX = 40_000
+"""Of up to 25 bytes each as JSON; Kafka takes records of 1 MiB by default."""
 BRIDGE_CELLS = 1 << 16
 """Rows times steps of one batched step over a gap: bounds its memory."""
 
@@ -58,12 +60,18 @@ class Moves:
 class Engine:
     """The streams of one worker, and the model that follows them.
 
-    `lock` is held while states move; take it to read them from another thread.
+    `lock` is held while states move; take it to read them from another thread. Raises ServiceError for a model whose
+    forecasts Kafka could not carry.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics) -> None:
         self.bundle, self.config, self.forecaster = bundle, bundle.config, bundle.forecaster
         self.settings, self.metrics = settings, metrics
+        if self.config.horizon * len(self.config.quantiles) > FORECAST_NUMBERS_MAX:
+            raise ServiceError(
+                f"{bundle.model_id} forecasts {self.config.horizon} x {len(self.config.quantiles)} numbers, more than"
+                f" fit into a Kafka record: train with a shorter horizon or fewer quantiles"
+            )
         self.scores = LiveScores(self.config)
         self.history = History(self.config, settings.history_steps)
         schema = Schema((*grid.SCHEMA, *self.forecaster.schema, *self.scores.schema, *self.history.schema))

@@ -25,8 +25,8 @@ Headers = Sequence[tuple[str, bytes | None]]
 STREAM_ID_MAX = 256
 """Characters in a stream id."""
 SECOND_MS = 1_000
-DEAD_LETTER_VALUE_MAX = 900_000
-"""Bytes of a value that a dead letter carries whole; Kafka's own limit of a record is 1 MiB by default."""
+DEAD_LETTER_BYTES_MAX = 1_000_000
+"""What a dead letter carries of its record; Kafka's own limit, with all headers, is 1 MiB by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,16 +245,29 @@ def encode_forecast(fields: dict[str, Any]) -> bytes:
 
 
 def dead_letter(record: Record, error: Rejected, topic: str) -> Outgoing:
-    """The record as it came, with why it was rejected in its headers; cut off, with its hash, where Kafka could not
-    carry it.
+    """The record as it came, with why it was rejected in its headers.
+
+    Where Kafka could not carry it with them, its value is cut off, and then its headers and its key if they must be;
+    `carousel.errors.*` headers tell what was cut, how long it was, and the SHA-256 of the whole value.
     """
-    value = record.value or b""
+    key, value = record.key, record.value or b""
     headers: list[tuple[str, bytes]] = [(name, content or b"") for name, content in record.headers]
-    if len(value) > DEAD_LETTER_VALUE_MAX:
-        headers.append(("carousel.errors.value.sha256", hashlib.sha256(value).hexdigest().encode()))
-        headers.append(("carousel.errors.value.bytes", b"%d" % len(value)))
-        value = value[:DEAD_LETTER_VALUE_MAX]
-    headers += [
+    told: list[tuple[str, bytes]] = []
+    room = DEAD_LETTER_BYTES_MAX
+    if key and len(key) > room:
+        told.append(("carousel.errors.key.bytes", b"%d" % len(key)))
+        key = key[:STREAM_ID_MAX]
+    room -= len(key or b"")
+    header_bytes = sum(len(name.encode()) + len(content) + 8 for name, content in headers)
+    if header_bytes > room:
+        told.append(("carousel.errors.headers.bytes", b"%d" % header_bytes))
+        headers, header_bytes = [], 0
+    room -= header_bytes
+    if len(value) > room:
+        told.append(("carousel.errors.value.sha256", hashlib.sha256(value).hexdigest().encode()))
+        told.append(("carousel.errors.value.bytes", b"%d" % len(value)))
+        value = value[:room]
+    told += [
         ("__streams.errors.exception", type(error).__name__.encode()),
         ("__streams.errors.message", str(error).encode()[:512]),
         ("__streams.errors.topic", record.topic.encode()),
@@ -262,4 +275,4 @@ def dead_letter(record: Record, error: Rejected, topic: str) -> Outgoing:
         ("__streams.errors.offset", b"%d" % record.offset),
         ("carousel.errors.reason", error.reason.encode()),
     ]
-    return Outgoing(topic, record.partition, record.key, value, headers, record.timestamp_ms)
+    return Outgoing(topic, record.partition, key, value, headers + told, record.timestamp_ms)

@@ -154,6 +154,7 @@ def test_bad_records_of_every_kind_cost_nothing_but_themselves(
     kinds = [(key, b'{"value": 1}', "key") for key in BAD_KEYS.values()]
     kinds += [(b"a", value, reason.value) for value, reason in BAD_VALUES.values() if b"temperature" not in value]
     kinds += [(b"a", b'{"value": 1, "pad": "' + b"x" * 1_000_000 + b'"}', "size")]
+    kinds += [(b"k" * 500_000, b"v" * 540_000, "key")]  # as large as Kafka takes it: larger with why it was rejected
     with serving(bundle, bootstrap_servers, tmp_path, partitions=2) as served:
         mixed = []
         for step, (key, value, _) in enumerate(kinds):

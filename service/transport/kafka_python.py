@@ -105,11 +105,11 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         return Polled(records, assigned, revoked)
 
     def commit(self, outgoing: Sequence[Outgoing], offsets: Mapping[int, int]) -> None:
-        futures = [
-            self._producer.send(o.topic, o.value, key=o.key, partition=o.partition, headers=list(o.headers))
-            for o in outgoing
-        ]
         try:
+            futures = [
+                self._producer.send(o.topic, o.value, key=o.key, partition=o.partition, headers=list(o.headers))
+                for o in outgoing
+            ]
             self._producer.flush(timeout=DELIVERY_TIMEOUT_S)
             for future in futures:
                 future.get(timeout=0)  # flush() does not say that a record failed

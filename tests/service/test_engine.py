@@ -19,6 +19,7 @@ from model.features import Block
 from model.grid import Grid
 from model.network import Forecaster
 from service.engine import Engine
+from service.errors import ServiceError
 from service.metrics import Metrics
 from service.records import Outgoing, Record
 from service.settings import Settings
@@ -228,6 +229,13 @@ def test_values_as_large_as_accepted_leave_the_state_finite(bundle: Bundle) -> N
     values = {hour: (-1.0) ** hour * 1e15 if hour % 5 == 0 else 1e-15 for hour in range(80)}
     said = forecasts(engine.process(hourly("a", values)))
     assert all(np.isfinite(quantiles(f)).all() for f in said)
+
+
+def test_a_model_whose_forecasts_kafka_could_not_carry_is_refused_at_start(tmp_path: Path) -> None:
+    quantiles = tuple(n / 100 for n in range(1, 100))
+    bundle = load_bundle(random_bundle(tmp_path, horizon=1024, quantiles=quantiles))
+    with pytest.raises(ServiceError, match="1024 x 99"):
+        engine_of(bundle)
 
 
 def test_streams_of_lost_partitions_are_forgotten(bundle: Bundle) -> None:

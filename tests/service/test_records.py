@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from contextlib import suppress
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from service.errors import Reason, Rejected
 from service.records import (
-    DEAD_LETTER_VALUE_MAX,
     Limits,
     Observation,
     Record,
@@ -176,12 +176,37 @@ def test_a_dead_letter_is_the_record_as_it_came_with_why_it_was_rejected() -> No
     ]
 
 
-def test_a_dead_letter_too_large_for_kafka_is_cut_and_carries_its_hash() -> None:
-    letter = dead_letter(record(b"x" * 1_000_000), Rejected(Reason.SIZE, "large"), "dlq")
+@pytest.mark.parametrize(
+    ("key", "value", "header", "cut"),
+    [
+        (b"k", b"v" * 1_040_000, b"h", {"value"}),
+        (b"k" * 500_000, b"v" * 540_000, b"h", {"value"}),
+        (b"k" * 200_000, b"v" * 200_000, b"h" * 640_000, {"value"}),
+        (b"k" * 400_000, b"v" * 2_000, b"h" * 640_000, {"headers"}),
+        (b"k" * 1_040_000, b"v", b"h", {"key"}),
+        (b"k" * 5_000_000, b"v" * 5_000_000, b"h" * 5_000_000, {"key", "headers", "value"}),
+        (b"k" * 10_240, b"v" * 900_000, b"h", set()),
+    ],
+)
+def test_a_dead_letter_always_fits_and_tells_what_was_cut(
+    key: bytes, value: bytes, header: bytes, cut: set[str]
+) -> None:
+    large = Record("observations", 3, 17, NOW_MS, key, value, [("trace", header)])
+    letter = dead_letter(large, Rejected(Reason.SIZE, "large"), "dlq")
     headers = dict(letter.headers)
-    assert len(letter.value) == DEAD_LETTER_VALUE_MAX
-    assert headers["carousel.errors.value.bytes"] == b"1000000"
-    assert len(headers["carousel.errors.value.sha256"] or b"") == 64
+    sizes = {"key": len(key), "value": len(value), "headers": len("trace") + len(header) + 8}
+    for part, size in sizes.items():
+        assert headers.get(f"carousel.errors.{part}.bytes") == (b"%d" % size if part in cut else None)
+    assert (letter.key == key, letter.value == value, "trace" in headers) == (
+        "key" not in cut,
+        "value" not in cut,
+        "headers" not in cut,
+    )
+    if "value" in cut:
+        assert headers["carousel.errors.value.sha256"] == hashlib.sha256(value).hexdigest().encode()
+        assert value.startswith(letter.value)
+    whole = len(letter.key or b"") + len(letter.value) + sum(len(n) + len(v or b"") for n, v in letter.headers)
+    assert whole < 1_048_576 - 1_000
 
 
 @given(st.floats(1e-9, 1e12), st.lists(st.floats(-100, 100), min_size=2, max_size=9))

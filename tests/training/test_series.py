@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,22 +13,6 @@ from model.grid import Grid
 from service.grid import NO_SLOT, place
 from training.series import DAY, HOUR, MINUTE, WEEK, Series, infer_grid, infer_season, parse_step, to_grid
 from training.table import Observed
-
-Write = Callable[[str], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write_csv(text: str, name: str = "load.csv") -> Path:
-        path = tmp_path / name
-        path.write_text(text)
-        return path
-
-    return write_csv
-
-
-def ms(*times: str) -> list[int]:
-    return [int(pd.Timestamp(time).timestamp() * 1000) for time in times]
 
 
 def observed(ts_ms: np.ndarray, y: np.ndarray | None = None, unique_id: str = "a") -> Observed:

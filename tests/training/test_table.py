@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from training.series import HOUR
-from training.table import Columns, Observed, TableError, read_table
+from training.table import Columns, TableError, read_table
 
 Write = Callable[[str], Path]
 
@@ -29,16 +29,6 @@ def write(tmp_path: Path) -> Write:
 
 def ms(*times: str) -> list[int]:
     return [int(pd.Timestamp(time).timestamp() * 1000) for time in times]
-
-
-def observed(ts_ms: np.ndarray, y: np.ndarray | None = None, unique_id: str = "a") -> Observed:
-    ts_ms = np.asarray(ts_ms, dtype=np.int64)
-    return Observed(unique_id, ts_ms, np.ones(len(ts_ms)) if y is None else y, np.empty((len(ts_ms), 0)))
-
-
-def between(start: str, end: str, freq: str, tz: str = "UTC") -> np.ndarray:
-    times = pd.date_range(start, end, freq=freq, tz=tz).tz_convert("UTC").tz_localize(None)
-    return times.as_unit("ms").to_numpy().astype(np.int64)
 
 
 class TestReading:
