@@ -52,9 +52,13 @@ def demo(
         float, typer.Option(min=1, help="Table time per wall time: 7200 plays two hours a second.")
     ] = 7200,
     bootstrap_servers: Annotated[
-        str | None, typer.Option(help="An existing Kafka instead of the embedded one.")
+        str | None,
+        typer.Option(envvar="CAROUSEL_BOOTSTRAP_SERVERS", help="An existing Kafka instead of the embedded one."),
     ] = None,
-    http_port: Annotated[int, typer.Option(help="Port of the API; 0: any free one.")] = 8000,
+    http_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the API; 0: any free one.  \\[default: 8000, or a free one]"),
+    ] = None,
 ) -> None:
     """Everything on this machine: Kafka, a model trained on a sample table, the worker, live data, the API.
 
@@ -186,7 +190,7 @@ def replay(
 
 @app.command()
 def broker(
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 9092,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 0,
     data: Annotated[
         Path | None, typer.Option(help="Directory for its data.  \\[default: a temporary one, removed on stop]")
     ] = None,
@@ -206,7 +210,8 @@ def bench(
     steps: Annotated[int, typer.Option(min=2, help="Observations of each.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="Threads that torch computes with.")] = 1,
     bootstrap_servers: Annotated[
-        str | None, typer.Option(help="An existing Kafka instead of the embedded one.")
+        str | None,
+        typer.Option(envvar="CAROUSEL_BOOTSTRAP_SERVERS", help="An existing Kafka instead of the embedded one."),
     ] = None,
 ) -> None:
     """Measure how fast the worker is, beside the limits of its parts; all in one run, as the machine's mood varies."""

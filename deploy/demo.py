@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import socket
 import subprocess
 import sys
 import threading
@@ -53,6 +54,7 @@ REFRESH_S = 0.5
 RATE_OVER_S = 5.0
 SEASON = 24
 TOPIC = "carousel.forecasts"
+HTTP_PORT = 8000
 LINE_EVERY_S = 5.0
 
 
@@ -62,12 +64,12 @@ class DemoError(CarouselError):
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """How the demo runs. speed: table time per wall time."""
+    """How the demo runs. speed: table time per wall time. http_port None: the usual one, or a free one if taken."""
 
     for_s: float | None = None
     speed: float = 7200.0
     bootstrap_servers: str | None = None
-    http_port: int = 8000
+    http_port: int | None = None
 
 
 @dataclass
@@ -125,7 +127,7 @@ def run(config: DemoConfig, console: Console | None = None) -> bool:
         bundle = _bundle(console)
         servers = config.bootstrap_servers or _broker(stack, console).bootstrap_servers
         with console.status("starting the worker …"):
-            url = _worker(stack, bundle, servers, config.http_port)
+            url = _worker(stack, bundle, servers, _usual_port() if config.http_port is None else config.http_port)
         console.print(
             f"[bold]Kafka[/bold]    {servers}  carousel.observations → carousel.forecasts\n"
             f"[bold]API[/bold]      {url}/v1/streams   {url}/openapi.json\n"
@@ -192,6 +194,16 @@ def _worker(stack: ExitStack, bundle: Path, servers: str, http_port: int) -> str
         time.sleep(0.1)
     last = log_file.read_text(errors="replace").strip().splitlines()[-1:]
     raise DemoError(f"the worker did not start: {''.join(last) or 'it said nothing'} (log: {log_file})")
+
+
+def _usual_port() -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", HTTP_PORT))
+        except OSError:
+            return 0
+    return HTTP_PORT
 
 
 def _find_url(log_file: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deploy.broker import EmbeddedBroker
-from deploy.demo import SAMPLE, TRAINING, bundle_directory, quantile
+from deploy.demo import HTTP_PORT, SAMPLE, TRAINING, bundle_directory, quantile
 from tests.served import until
 
 
@@ -44,7 +45,7 @@ def environment(home: Path) -> dict[str, str]:
 def demo(home: Path, *arguments: str) -> subprocess.Popen[str]:
     """The demo in a process group of its own, as a terminal would start it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "carousel", "demo", "--http-port", "0", *arguments],
+        [sys.executable, "-m", "carousel", "demo", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -70,8 +71,12 @@ def lines(process: subprocess.Popen[str]) -> Iterator[str]:
 
 
 def test_it_forecasts_every_stream_says_what_it_counted_and_leaves_nothing(trained: Path) -> None:
-    process = demo(trained, "--for", "8", "--speed", "36000")
-    said = list(lines(process))
+    with socket.socket() as another:  # on the usual port, which the demo then leaves alone
+        with suppress(OSError):
+            another.bind(("127.0.0.1", HTTP_PORT))
+            another.listen()
+        process = demo(trained, "--for", "8", "--speed", "36000")
+        said = list(lines(process))
     assert process.wait() == 0, "".join(said)
     text = "".join(said)
     assert "forecasts flowed for all 17 streams" in text
