@@ -141,7 +141,7 @@ def run(config: DemoConfig, console: Console | None = None) -> bool:
         finally:
             flow.stop()
         return _summary(flow, console)
-    raise AssertionError
+    raise AssertionError  # nothing on the stack swallows an exception; mypy cannot know
 
 
 def bundle_directory() -> Path:
@@ -244,7 +244,7 @@ class Flow:
         """Replay and show, until the time is over; without a limit, until Ctrl-C."""
         player = threading.Thread(target=self._replay, args=(config.speed,), daemon=True)
         player.start()
-        printed = self._started
+        printed, played = self._started, False
         with Live(console=console, transient=True, auto_refresh=False) as live:
             while not self._failure:
                 self._consume()
@@ -256,6 +256,9 @@ class Flow:
                     console.print(line(view), soft_wrap=True)
                 if config.for_s is not None and view.elapsed_s > config.for_s:
                     break
+                if not (played or player.is_alive()):
+                    played = True
+                    console.print("the table is played to its end; all goes on, to be asked, until Ctrl-C")
         self._stopping.set()
         player.join(STOP_LIMIT_S)
         if self._failure:
@@ -291,7 +294,9 @@ class Flow:
     def _consume(self) -> None:
         for records in self._consumer.poll(int(REFRESH_S * 1000)).values():
             for record in records:
-                self.tallies[record.key.decode()].take(json.loads(record.value))
+                forecast = json.loads(record.value)
+                if tally := self.tallies.get(forecast["stream"]):  # a Kafka that was named may have others' too
+                    tally.take(forecast)
 
     def _forecasts(self) -> int:
         return sum(tally.forecasts for tally in self.tallies.values())
@@ -320,7 +325,8 @@ class Flow:
         seconds = max(now - self._marks[0][0], REFRESH_S)
         latencies = self._latencies(families) if self._live.is_set() else {}
         tallies = self.tallies.values()
-        scored, naive = sum(t.scored for t in tallies), sum(t.naive_error / (t.scored or 1) for t in tallies)
+        ratios = [tally.error / tally.naive_error for tally in tallies if tally.naive_error]
+        scored = sum(tally.scored for tally in tallies)
         return View(
             elapsed_s=now - self._started,
             sent=self._sent,
@@ -328,13 +334,9 @@ class Flow:
             per_second=(forecasts - self._marks[0][1]) / seconds,
             lag_records=int(sum(sample.value for sample in families["carousel_consumer_lag_records"].samples)),
             latency_ms={share: 1000 * quantile(latencies, share) for share in (0.5, 0.99)},
-            error=_mean([t.error / t.naive_error for t in tallies if t.naive_error]) if naive else None,
-            coverage=sum(t.hits for t in tallies) / scored if scored else None,
+            error=sum(ratios) / len(ratios) if ratios else None,
+            coverage=sum(tally.hits for tally in tallies) / scored if scored else None,
         )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def quantile(buckets: dict[float, float], share: float) -> float:
