@@ -221,14 +221,6 @@ def bench(
     run(BenchConfig(streams, steps, threads, bootstrap_servers))
 
 
-def serve(config: Path | None, **flags: Any) -> None:
-    from service.serve import serve as run
-
-    settings = Settings.load(flags, config)
-    setup_logging(settings.log_level)
-    run(settings)
-
-
 def command_of_settings() -> Any:
     """`serve` with a flag for every setting, so that neither can be forgotten when one is added."""
     parameters = [
@@ -254,13 +246,17 @@ def command_of_settings() -> Any:
             )
         )
 
-    def command(**flags: Any) -> None:
+    def command(config: Path | None, **flags: Any) -> None:
         """Follow the streams of a Kafka topic and answer every observation with a forecast; serve the HTTP API.
 
         Each setting comes from its flag, else from its CAROUSEL_* variable, else from the YAML file, else from its
         default. SIGTERM or Ctrl-C ends it in order.
         """
-        serve(**flags)
+        from service.serve import serve
+
+        settings = Settings.load(flags, config)
+        setup_logging(settings.log_level)
+        serve(settings)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import socket
 import subprocess
 import sys
@@ -39,8 +38,6 @@ from deploy.java import end, signals_interrupt, spawn
 from deploy.replay import ReplayConfig, replay
 from model.errors import CarouselError
 from training.table import Observed, read_table
-
-log = logging.getLogger(__name__)
 
 SAMPLE = Path(__file__).parent / "sample" / "electricity_hourly.csv.gz"
 HELD_BACK = 336
@@ -77,7 +74,6 @@ class Tally:
     """What came for one stream over the forecasts topic; scored on the held-back part alone, one step ahead."""
 
     forecasts: int = 0
-    status: str = ""
     observed: deque[float] = field(default_factory=lambda: deque(maxlen=SEASON))
     open: tuple[float, ...] = ()
     scored: int = 0
@@ -88,7 +84,6 @@ class Tally:
     def take(self, forecast: dict[str, Any]) -> None:
         """Settle the open forecast with what was observed, and open the next."""
         self.forecasts += 1
-        self.status = forecast["status"]
         value = forecast["observed"]
         if value is None:
             return

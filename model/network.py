@@ -82,9 +82,8 @@ class Forecaster(nn.Module):
             raise ValueError(f"last must be in 1 ... {block.steps}, not {last}")
         seen, after = self.features(state, block)
         outputs, recurrent = self.recur(seen, state)
-        emitted = range(block.steps)[-last:] if last else range(block.steps)
-        at = seen.steps(emitted.start, emitted.stop)
-        forecast = self.forecast(at, outputs[:, emitted.start :])
+        first = block.steps - last if last else 0
+        forecast = self.forecast(seen.steps(first, block.steps), outputs[:, first:])
         return forecast, {
             **after,
             "h": recurrent.h,

@@ -9,13 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def median_index(quantiles: Sequence[float]) -> int:
+    """The index of the quantile nearest to the median, the lower of two."""
+    return min(range(len(quantiles)), key=lambda k: abs(quantiles[k] - 0.5))
+
+
 class OrderedQuantiles(nn.Module):
     """h_t -> H x Q quantiles in increasing order: a middle one, and positive distances up and down from it."""
 
     def __init__(self, inputs: int, horizon: int, quantiles: Sequence[float]) -> None:
         super().__init__()
         self.horizon, self.count = horizon, len(quantiles)
-        self.middle = min(range(self.count), key=lambda k: abs(quantiles[k] - 0.5))
+        self.middle = median_index(quantiles)
         self.linear = nn.Linear(inputs, horizon * self.count)
 
     def forward(self, hidden: Tensor, location: Tensor) -> Tensor:

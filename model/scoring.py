@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.quantiles import pinball
+from model.quantiles import median_index, pinball
 from model.state import Rows, TensorSpec
 
 FORGET_STEPS = 500
@@ -56,12 +56,17 @@ def score(forecast: Tensor, truth: Tensor, naive_mae: Tensor, config: ModelConfi
 
 def middle(config: ModelConfig) -> int:
     """The index of the quantile nearest to the median."""
-    return min(range(len(config.quantiles)), key=lambda k: abs(config.quantiles[k] - 0.5))
+    return median_index(config.quantiles)
 
 
 def covered(forecast: Tensor, truth: Tensor) -> Tensor:
     """Whether truth [...] lies within the outermost quantiles of forecast [..., Q]."""
     return (forecast[..., 0] <= truth) & (truth <= forecast[..., -1])
+
+
+def next_quantiles(state: Rows) -> Tensor:
+    """What stands forecast for the next step of B streams, [B, Q] float64."""
+    return state["base"][:, :1] + state["scale"][:, None] * state["offsets"][:, 0]
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class LiveScores:
 
     def settle(self, state: Rows, values: Tensor) -> Settled:
         """Score the open forecasts of B streams with the values [B] that came; not of streams that still warm up."""
-        forecast = state["base"][:, :1] + state["scale"][:, None] * state["offsets"][:, 0]
+        forecast = next_quantiles(state)
         naive = state["values"][:, -self.config.season]
         scored = (state["steps"] >= self.config.warmup) & ~values.isnan() & ~naive.isnan()
         hit = scored & covered(forecast, values)

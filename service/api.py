@@ -75,8 +75,9 @@ def create_app(engine: Engine, worker: Pulse, settings: Settings, metrics: Metri
     app.router.route_class = JsonRoute
     app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, seconds=metrics.http_seconds)
     _add_errors(app, worker)
-    _add_predict(app, Predictor(engine))
-    _add_streams(app, engine, Predictor(engine))
+    predictor = Predictor(engine)
+    _add_predict(app, predictor)
+    _add_streams(app, engine, predictor)
     _add_events(app, hub)
     _add_operations(app, worker, metrics)
     _describe(app)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from model.bundle import Bundle
 from model.features import Block
 from model.grid import Int64s
+from model.network import Forecast
 from model.scoring import LiveScores
 from model.state import Rows, Schema
 from service import grid
@@ -53,6 +54,7 @@ class Moves:
     observations: Sequence[Observation]
     rows: Int64s
     slot: Int64s
+    ts_ms: Int64s
     values: NDArray[np.float64]
     covariates: NDArray[np.float64]
 
@@ -88,7 +90,7 @@ class Engine:
         metrics.state_bytes.set_function(lambda: self.arena.state_bytes)
         level = f"{self.config.quantiles[-1] - self.config.quantiles[0]:.6g}"
         self._scored, self._hits = metrics.scored.labels(level), metrics.hits.labels(level)
-        self._quantile_keys = [quantile_key(quantile) for quantile in self.config.quantiles]
+        self.quantile_keys = [quantile_key(quantile) for quantile in self.config.quantiles]
 
     def process(self, records: Sequence[Record]) -> list[Outgoing]:
         """Take a poll's records; -> the forecast or dead letter of each that has one, a stream's in their order."""
@@ -171,6 +173,7 @@ class Engine:
             chosen,
             rows[fresh],
             placed.slot[fresh],
+            ts_ms[fresh],
             np.array([observation.value for observation in chosen], dtype=float),
             covariates.reshape(len(chosen), len(self.config.covariates)),
         ), outgoing
@@ -214,20 +217,19 @@ class Engine:
         """Settle the open forecasts with what came, advance by one step, write the states back. -> the new states."""
         index = torch.from_numpy(moves.rows)
         state = self.arena.gather(index)
-        ts_ms = np.array([observation.ts_ms for observation in moves.observations], dtype=np.int64)
-        values = torch.from_numpy(moves.values)
+        values, ts_ms = torch.from_numpy(moves.values), torch.from_numpy(moves.ts_ms)
         settled = self.scores.settle(state, values)
         self._scored.inc(int(settled.scored.sum()))
         self._hits.inc(int(settled.hit.sum()))
-        times = grid.times_of(self.config, moves.slot, ts_ms)
+        times = grid.times_of(self.config, moves.slot, moves.ts_ms)
         with timed(self.metrics.step_seconds):
             _, after = self.forecaster.advance(
                 state, self._block(moves.values[:, None], times[:, None], moves.covariates[:, None])
             )
-        after |= settled.rows | self.history.append(state, values, torch.from_numpy(ts_ms))
+        after |= settled.rows | self.history.append(state, values, ts_ms)
         after |= {
             "slot": torch.from_numpy(moves.slot),
-            "ts_ms": torch.from_numpy(ts_ms),
+            "ts_ms": ts_ms,
             "count": state["count"] + 1,
         }
         self.arena.scatter(index, after)
@@ -238,10 +240,8 @@ class Engine:
 
     def describe(self, streams: Sequence[str], state: Rows) -> Iterator[dict[str, Any]]:
         """The forecasts that stand open in B states, as the forecasts topic and HTTP tell them."""
-        scale = state["scale"].numpy()
-        offsets = state["offsets"].numpy()
-        values = state["base"].numpy()[..., None] + scale[:, None, None] * offsets
-        by_quantile = np.ascontiguousarray(rounded(values, scale).transpose(0, 2, 1))
+        values = Forecast(state["base"], state["scale"], state["offsets"]).values.numpy()
+        by_quantile = np.ascontiguousarray(rounded(values, state["scale"].numpy()).transpose(0, 2, 1))
         last, gap = state["values"][:, -1].tolist(), state["gap"].tolist()
         slot, ts_ms, count, steps = (state[name].tolist() for name in ("slot", "ts_ms", "count", "steps"))
         for n, stream in enumerate(streams):
@@ -253,7 +253,7 @@ class Engine:
                 "model": self.bundle.model_id,
                 "count": count[n],
                 "observed": last[n] if gap[n] == 0 else None,
-                "quantiles": dict(zip(self._quantile_keys, by_quantile[n], strict=True)),
+                "quantiles": dict(zip(self.quantile_keys, by_quantile[n], strict=True)),
                 "status": "live" if steps[n] >= self.config.warmup else "warming",
             }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.scoring import middle
+from model.scoring import middle, next_quantiles
 from model.state import Rows, TensorSpec
 from service.grid import NO_SLOT
 
@@ -29,7 +29,7 @@ class History:
 
     def append(self, state: Rows, values: Tensor, ts_ms: Tensor) -> Rows:
         """The rows of this part after B observations: values, ts_ms [B]. `state` is the one before them."""
-        open_forecast = state["base"][:, :1] + state["scale"][:, None] * state["offsets"][:, 0, self.kept]
+        open_forecast = next_quantiles(state)[:, self.kept]
         open_forecast[state["steps"] == 0] = torch.nan  # a stream's first observation was forecast by nobody
         return {
             "history_ts_ms": _push(state["history_ts_ms"], ts_ms),

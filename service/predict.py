@@ -79,7 +79,7 @@ class Predictor:
         return request.horizon or most
 
     def _quantiles(self, request: PredictRequest) -> set[str]:
-        known = [quantile_key(quantile) for quantile in self.config.quantiles]
+        known = self.engine.quantile_keys
         wanted = set(known if request.quantiles is None else map(quantile_key, request.quantiles))
         if not wanted <= set(known):
             raise Refused(422, f"the model has the quantiles {', '.join(known)}, and no others", ("body", "quantiles"))
