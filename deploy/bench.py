@@ -29,7 +29,8 @@ from service.engine import Engine
 from service.metrics import Metrics
 from service.records import Outgoing, Record
 from service.settings import Settings
-from service.transport.kafka_python import KafkaPython, prepare_topics
+from service.transport.kafka_python import KafkaPython
+from service.transport.topics import prepare_topics
 from service.worker import Worker
 
 HOUR_MS = 3_600_000
@@ -81,11 +82,11 @@ def _measurements(
     def settings() -> Settings:
         """With topics of their own for each measurement."""
         name = f"bench-{uuid.uuid4().hex[:8]}"
-        topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters")}
+        topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters", "state")}
         own = {"model": directory, "bootstrap_servers": servers, "group_id": name, "partitions": PARTITIONS}
         return Settings.load(own | topics | {"max_streams": config.streams})
 
-    values = [o.value for o in Engine(bundle, settings(), Metrics()).process(records[: config.streams])]
+    values = [o.value or b"" for o in Engine(bundle, settings(), Metrics()).process(records[: config.streams])]
     return [
         ("limit: the model's step alone, all streams at once", lambda: _step(config, bundle)),
         ("limit: kafka-python alone, the same bytes in and out", lambda: _client(settings(), records, values)),
@@ -186,7 +187,8 @@ def _worker(bundle: Bundle, settings: Settings, records: list[Record]) -> float:
 
     metrics = Metrics()
     transport = KafkaPython(settings, "bench")
-    worker = Worker(Engine(bundle, settings, metrics), transport, settings, metrics, count)
+    worker = Worker(Engine(bundle, settings, metrics), lambda: transport, settings, metrics, count)
+    worker.begin_session()
     while not worker.ready:  # joining the group is no part of the figure, nor is loading the topic
         worker.turn()
     transport.pause(range(PARTITIONS))
@@ -198,7 +200,7 @@ def _worker(bundle: Bundle, settings: Settings, records: list[Record]) -> float:
             worker.turn()
 
     rate = _rate(len(records), through)
-    transport.close()
+    worker.end_session()
     return rate
 
 

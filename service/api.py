@@ -55,7 +55,7 @@ class Pulse(Protocol):
     """What the API asks of the worker."""
 
     @property
-    def ready(self) -> bool: ...
+    def unready(self) -> str: ...
 
     @property
     def alive(self) -> bool: ...
@@ -159,8 +159,8 @@ def _add_errors(app: FastAPI, worker: Pulse) -> None:
         if error.status == 422:
             return _unprocessable([(error.loc, str(error))])
         status, detail = error.status, str(error)
-        if status == 404 and not worker.ready:
-            status, detail = 503, f"{detail}, and is not ready yet"
+        if status == 404 and worker.unready:
+            status, detail = 503, f"{detail}, and is not ready: {worker.unready}"
         headers, body = problem(status, detail)
         return Response(body, status, headers)
 
@@ -308,10 +308,8 @@ def _add_operations(app: FastAPI, worker: Pulse, metrics: Metrics) -> None:
     @app.get("/readyz", summary="Is the worker ready?", response_model=schemas.Health, responses=failures(503))
     async def readyz() -> Response:
         """200 while the worker takes part in its group and has its streams."""
-        if not worker.ready:
-            raise Refused(
-                503, "Kafka does not answer, or the worker is not (or no longer) a settled member of its group"
-            )
+        if worker.unready:
+            raise Refused(503, worker.unready)
         return json_answer({"status": "ready"})
 
     @app.get(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 
 from model.bundle import Bundle
 from model.features import Block
-from model.grid import Int64s
+from model.grid import HOLE, Int64s
 from model.network import Forecast
 from model.scoring import LiveScores
 from model.state import Rows, Schema
 from service import grid
-from service.arena import Arena, Full, StreamKey
+from service.arena import Arena
 from service.errors import Reason, Rejected, ServiceError
 from service.history import History
 from service.metrics import BatchHistogram, Metrics
+from service.partition import Bounds, Decided, Entry, Move, Partition
 from service.records import (
     Limits,
     Observation,
@@ -47,20 +48,8 @@ BRIDGE_CELLS = 1 << 16
 """Rows times steps of one batched step over a gap: bounds its memory."""
 
 
-@dataclass(frozen=True)
-class Moves:
-    """Observations of a wave that move their streams on, as columns. rows: their places in the arena."""
-
-    observations: Sequence[Observation]
-    rows: Int64s
-    slot: Int64s
-    ts_ms: Int64s
-    values: NDArray[np.float64]
-    covariates: NDArray[np.float64]
-
-
 class Engine:
-    """The streams of one worker, and the model that follows them.
+    """The streams of one worker, and the model that follows them. What was processed stands once it is committed.
 
     `lock` is held while states move; take it to read them from another thread. Raises ServiceError for a model whose
     forecasts Kafka could not carry.
@@ -77,7 +66,8 @@ class Engine:
         self.scores = LiveScores(self.config)
         self.history = History(self.config, settings.history_steps)
         schema = Schema((*grid.SCHEMA, *self.forecaster.schema, *self.scores.schema, *self.history.schema))
-        self.arena = Arena(schema, settings.max_streams)
+        self.arena = Arena(schema)
+        self.partitions: dict[int, Partition] = {}
         self.limits = Limits(
             covariates=self.config.covariates,
             max_record_bytes=settings.max_record_bytes,
@@ -88,28 +78,79 @@ class Engine:
         self.lock = threading.Lock()
         metrics.streams.set_function(lambda: len(self.arena))
         metrics.state_bytes.set_function(lambda: self.arena.state_bytes)
-        level = f"{self.config.quantiles[-1] - self.config.quantiles[0]:.6g}"
-        self._scored, self._hits = metrics.scored.labels(level), metrics.hits.labels(level)
+        self._uncounted = Metrics()
         self.quantile_keys = [quantile_key(quantile) for quantile in self.config.quantiles]
 
-    def process(self, records: Sequence[Record]) -> list[Outgoing]:
-        """Take a poll's records; -> the forecast or dead letter of each that has one, a stream's in their order."""
+    def partition(self, number: int) -> Partition:
+        """A partition of the observations topic, without streams if it is new here."""
+        if number not in self.partitions:
+            self.partitions[number] = Partition(number, self.arena, self.config, Bounds.of(self.settings))
+        return self.partitions[number]
+
+    def process(self, records: Sequence[Record], crashed: Collection[tuple[int, int]] = ()) -> list[Outgoing]:
+        """Take a poll's records; -> the forecast or dead letter of each that has one, a stream's in their order.
+
+        crashed: partition and offset of records that ended the process before and are not to be looked at again.
+        """
         outgoing: list[Outgoing] = []
         observations: list[Observation] = []
         for record in records:
+            if (record.partition, record.offset) in crashed:
+                self.partition(record.partition).crashed(record.offset)
+                ended = Rejected(Reason.CRASH, "the process ended each time it came to this record")
+                outgoing.append(self._reject(record, ended))
+                continue
             try:
                 observations.append(parse(record, self.limits))
             except Rejected as error:
                 outgoing.append(self._reject(record, error))
-        for wave in waves(observations, self.settings.max_wave_rows):
+        with self.lock:
+            moves, refused = self._take(observations)
+        outgoing += refused
+        for wave in waves(moves, self.settings.max_wave_rows):
             with self.lock, timed(self.metrics.wave_seconds):
-                outgoing += self._wave(wave)
+                outgoing += self._encode(wave, self._advance(wave, self.metrics))
+        self._settle()
         return outgoing
 
+    def replay(self, number: int, records: Sequence[Record], covered: Callable[[str], int]) -> None:
+        """Move the streams of a partition as `process` did when it took these records, and say nothing.
+
+        covered: the offset before which a stream's records are in its state already. The partition follows its journal.
+        """
+        partition = self.partition(number)
+        with self.lock:
+            moves = list(self._retake(partition, records, covered))
+        for wave in waves(moves, self.settings.max_wave_rows):
+            with self.lock:
+                self._advance(wave, self._uncounted)
+        with self.lock:
+            partition.settle()
+            self.arena.commit()
+
+    def commit(self, offsets: Mapping[int, int]) -> None:
+        """Let what was processed stand. offsets: by partition, that of the next record."""
+        with self.lock:
+            self.arena.commit()
+            for number, offset in offsets.items():
+                partition = self.partition(number)
+                for reason, count in partition.forgotten.items():
+                    self.metrics.evicted[reason].inc(count)
+                partition.stand(partition.next(offset))
+
+    def rollback(self) -> None:
+        """Undo what was processed since the last commit."""
+        with self.lock:
+            self.arena.rollback()
+            for partition in self.partitions.values():
+                if not partition.replaying:  # a replay is in no transaction
+                    partition.stand(partition.mark)
+
     def forget_partitions(self, partitions: Iterable[int]) -> None:
-        """Drop the streams of partitions that this worker no longer has."""
+        """Drop the streams of partitions that this worker no longer has; between transactions."""
         with self.lock:
             for partition in partitions:
+                self.partitions.pop(partition, None)
                 self.arena.forget_partition(partition)
 
     def _reject(self, record: Record, error: Rejected) -> Outgoing:
@@ -117,81 +158,108 @@ class Engine:
         self.metrics.rejected[error.reason].inc()
         return dead_letter(record, error, self.settings.dead_letters_topic)
 
-    def _wave(self, wave: Sequence[Observation]) -> list[Outgoing]:
-        """At most one observation a stream: place, settle, advance, encode."""
-        ended = [_key(observation) for observation in wave if observation.ended]
-        if ended:
-            self.arena.forget(ended)
-            self.metrics.observations["ended"].inc(len(ended))
-        moves, outgoing = self._place([observation for observation in wave if not observation.ended])
-        if not moves.observations:
-            return outgoing
-        self.metrics.wave_rows.observe(len(moves.rows))
-        state = self._step(moves)
-        keys = [observation.stream for observation in moves.observations]
-        for observation, fields in zip(moves.observations, self.describe(keys, state), strict=True):
-            record = observation.record
-            value = encode_forecast(fields)
-            outgoing.append(
-                Outgoing(
-                    self.settings.forecasts_topic,
-                    record.partition,
-                    record.key,
-                    value,
-                    cause_ms=record.timestamp_ms,
-                )
-            )
-        return outgoing
+    def _slots(self, observations: Sequence[Observation]) -> list[int]:
+        ts_ms = np.array([observation.ts_ms for observation in observations], dtype=np.int64)
+        slots = self.config.grid.slot_of(ts_ms) if self.config.grid else np.zeros_like(ts_ms)
+        return list(map(int, slots))
 
-    def _place(self, wave: Sequence[Observation]) -> tuple[Moves, list[Outgoing]]:
-        """Sort out what moves no stream; give the others their rows, reset or brought up to the step before."""
-        rows = np.array([self._find(observation) for observation in wave], dtype=np.int64)
-        ts_ms = np.array([observation.ts_ms for observation in wave], dtype=np.int64)
-        known = rows >= 0
-        last_slot = np.where(known, self.arena.column("slot")[rows], grid.NO_SLOT)
-        placed = grid.place(self.config, ts_ms, last_slot, self.arena.column("ts_ms")[rows])
-        self.metrics.observations["late"].inc(int(placed.late.sum()))
-        self.metrics.observations["duplicate"].inc(int(placed.duplicate.sum()))
-        outgoing = [
-            self._reject(wave[n].record, Rejected(Reason.TIME, "the time falls into a hole of the model's grid"))
-            for n in np.flatnonzero(placed.hole).tolist()
-        ]
-        fresh = placed.fresh.copy()
-        for n in np.flatnonzero(fresh & ~known).tolist():
+    def _take(self, observations: Sequence[Observation]) -> tuple[list[Move], list[Outgoing]]:
+        """In the order of the records: who moves, and what becomes of the others."""
+        moves: list[Move] = []
+        refused: list[Outgoing] = []
+        counts: Counter[str] = Counter()
+        for observation, slot in zip(observations, self._slots(observations), strict=True):
+            partition, record = self.partition(observation.record.partition), observation.record
+            if observation.ended:
+                partition.end(observation.stream)
+                counts["ended"] += 1
+                continue
+            if slot == HOLE:
+                hole = Rejected(Reason.TIME, "the time falls into a hole of the model's grid")
+                refused.append(self._reject(record, hole))
+                continue
+            partition.tick(observation.ts_ms, record.offset)
             try:
-                rows[n] = self.arena.row(_key(wave[n]))
-            except Full:
-                fresh[n] = False
-                most = self.settings.max_streams
-                error = Rejected(Reason.LIMIT, f"the worker holds {most} streams already, its limit (max_streams)")
-                outgoing.append(self._reject(wave[n].record, error))
-        self._restart(rows[fresh & placed.afresh])
-        self._bridge(rows[fresh], placed.missing[fresh], last_slot[fresh])
-        chosen = [wave[n] for n in np.flatnonzero(fresh).tolist()]
-        covariates = np.array([observation.covariates for observation in chosen], dtype=float)
-        return Moves(
-            chosen,
-            rows[fresh],
-            placed.slot[fresh],
-            ts_ms[fresh],
-            np.array([observation.value for observation in chosen], dtype=float),
-            covariates.reshape(len(chosen), len(self.config.covariates)),
-        ), outgoing
+                taken = partition.take(observation, slot)
+            except Rejected as error:
+                refused.append(self._reject(record, error))
+            else:
+                if isinstance(taken, str):
+                    counts[taken] += 1
+                else:
+                    moves.append(taken)
+        for outcome, count in counts.items():
+            self.metrics.observations[outcome].inc(count)
+        return moves, refused
 
-    def _find(self, observation: Observation) -> int:
-        row = self.arena.find(_key(observation))
-        return -1 if row is None else row
+    def _retake(self, partition: Partition, records: Sequence[Record], covered: Callable[[str], int]) -> Iterator[Move]:
+        """The moves that `_take` gave for these records when they first came."""
+        observations: dict[int, Observation] = {}
+        for record in records:
+            with suppress(Rejected):
+                observations[record.offset] = parse(record, self.limits)
+        slots = dict(zip(observations, self._slots(list(observations.values())), strict=True))
+        for record in records:
+            entries = list(partition.decided_before(record.offset))
+            for entry in entries:
+                if entry.decided is Decided.FORGOTTEN and covered(entry.stream) <= entry.offset:
+                    partition.end(entry.stream)
+            if record.offset not in observations or Entry(record.offset, Decided.CRASHED) in entries:
+                continue
+            observation, slot = observations[record.offset], slots[record.offset]
+            known = covered(observation.stream) > record.offset
+            if observation.ended:
+                if not known:
+                    partition.end(observation.stream)
+                continue
+            if slot == HOLE:
+                continue
+            partition.tick(observation.ts_ms, record.offset)
+            if not known:
+                with suppress(Rejected):
+                    taken = partition.take(observation, slot)
+                    if isinstance(taken, Move):
+                        yield taken
 
-    def _restart(self, rows: Int64s) -> None:
+    def _settle(self) -> None:
+        with self.lock:
+            for partition in self.partitions.values():
+                partition.settle()
+
+    def _encode(self, wave: Sequence[Move], state: Rows) -> Iterator[Outgoing]:
+        """The forecasts that a wave's new states hold, as records."""
+        streams = [move.observation.stream for move in wave]
+        for move, fields in zip(wave, self.describe(streams, state), strict=True):
+            record = move.observation.record
+            value = encode_forecast(fields)
+            yield Outgoing(
+                self.settings.forecasts_topic, record.partition, record.key, value, cause_ms=record.timestamp_ms
+            )
+
+    def _advance(self, wave: Sequence[Move], counted: Metrics) -> Rows:
+        """Bring rows up to the step before theirs, settle the open forecasts with what came, advance by one step, write
+        the states back. -> the new states.
+        """
+        counted.wave_rows.observe(len(wave))
+        rows = np.array([move.row for move in wave], dtype=np.int64)
+        slot = np.array([move.slot for move in wave], dtype=np.int64)
+        afresh = np.array([move.afresh for move in wave], dtype=np.bool_)
+        self._restart(rows[afresh], counted)
+        last_slot = self.arena.column("slot")[rows]
+        missing = np.where(last_slot == grid.NO_SLOT, 0, slot - last_slot - 1)
+        self._bridge(rows, missing, last_slot, counted)
+        return self._step(wave, rows, slot, counted)
+
+    def _restart(self, rows: Int64s, counted: Metrics) -> None:
         if len(rows):
             self.arena.reset(rows)
-            self.metrics.restarted.inc(len(rows))
+            counted.restarted.inc(len(rows))
 
-    def _bridge(self, rows: Int64s, missing: Int64s, last_slot: Int64s) -> None:
+    def _bridge(self, rows: Int64s, missing: Int64s, last_slot: Int64s, counted: Metrics) -> None:
         """Advance rows over their missing steps. Gaps of any mixture of lengths go together in blocks of 2^n steps,
         so that a wave takes a handful of steps however many streams in it have gaps.
         """
-        self.metrics.bridged.inc(int(missing.sum()))
+        counted.bridged.inc(int(missing.sum()))
         at = last_slot.copy()
         size = 1 << int(missing.max(initial=0)).bit_length() >> 1
         while size:
@@ -213,29 +281,33 @@ class Engine:
             covariates = np.full((*values.shape, len(self.config.covariates)), np.nan)
         return Block(torch.from_numpy(values), torch.from_numpy(ts_ms), torch.from_numpy(covariates))
 
-    def _step(self, moves: Moves) -> Rows:
-        """Settle the open forecasts with what came, advance by one step, write the states back. -> the new states."""
-        index = torch.from_numpy(moves.rows)
+    def _step(self, wave: Sequence[Move], rows: Int64s, slot: Int64s, counted: Metrics) -> Rows:
+        index = torch.from_numpy(rows)
         state = self.arena.gather(index)
-        values, ts_ms = torch.from_numpy(moves.values), torch.from_numpy(moves.ts_ms)
+        observed = np.array([move.observation.value for move in wave], dtype=np.float64)
+        seen_ms = np.array([move.observation.ts_ms for move in wave], dtype=np.int64)
+        covariates = np.array([move.observation.covariates for move in wave], dtype=np.float64)
+        values, ts_ms = torch.from_numpy(observed), torch.from_numpy(seen_ms)
         settled = self.scores.settle(state, values)
-        self._scored.inc(int(settled.scored.sum()))
-        self._hits.inc(int(settled.hit.sum()))
-        times = grid.times_of(self.config, moves.slot, moves.ts_ms)
-        with timed(self.metrics.step_seconds):
-            _, after = self.forecaster.advance(
-                state, self._block(moves.values[:, None], times[:, None], moves.covariates[:, None])
-            )
+        times = grid.times_of(self.config, slot, seen_ms)
+        block = self._block(observed[:, None], times[:, None], covariates.reshape(len(wave), 1, -1))
+        with timed(counted.step_seconds):
+            _, after = self.forecaster.advance(state, block)
         after |= settled.rows | self.history.append(state, values, ts_ms)
         after |= {
-            "slot": torch.from_numpy(moves.slot),
+            "slot": torch.from_numpy(slot),
             "ts_ms": ts_ms,
             "count": state["count"] + 1,
+            "offset": torch.tensor([move.observation.record.offset for move in wave]),
+            "heard_ms": torch.tensor([move.heard_ms for move in wave]),
         }
         self.arena.scatter(index, after)
-        missing = int(np.isnan(moves.values).sum())
-        self.metrics.observations["missing"].inc(missing)
-        self.metrics.observations["observed"].inc(len(moves.values) - missing)
+        missing = int(np.isnan(observed).sum())
+        counted.observations["missing"].inc(missing)
+        counted.observations["observed"].inc(len(wave) - missing)
+        level = f"{self.config.quantiles[-1] - self.config.quantiles[0]:.6g}"
+        counted.scored.labels(level).inc(int(settled.scored.sum()))
+        counted.hits.labels(level).inc(int(settled.hit.sum()))
         return after
 
     def describe(self, streams: Sequence[str], state: Rows) -> Iterator[dict[str, Any]]:
@@ -256,10 +328,6 @@ class Engine:
                 "quantiles": dict(zip(self.quantile_keys, by_quantile[n], strict=True)),
                 "status": "live" if steps[n] >= self.config.warmup else "warming",
             }
-
-
-def _key(observation: Observation) -> StreamKey:
-    return StreamKey(observation.record.partition, observation.stream)
 
 
 @contextmanager

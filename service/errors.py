@@ -32,7 +32,11 @@ class Reason(StrEnum):
     SIZE = "size"
     """A value larger than the service reads."""
     LIMIT = "limit"
-    """One stream more than the service may hold."""
+    """One stream more than its partition may hold."""
+    CRASH = "crash"
+    """The process ended each time it came to this record."""
+    UNDECODABLE = "undecodable"
+    """A header's name is not UTF-8."""
 
 
 class Rejected(Exception):
@@ -53,3 +57,15 @@ class Refused(Exception):
 
 class ServiceError(CarouselError):
     """The service cannot go on. The message is one line that says what is wrong and what to do."""
+
+
+class LostStateError(ServiceError):
+    """States cannot be restored as they were; the setting `on_lost_state` says what to do."""
+
+
+class AbortedError(Exception):
+    """A commit that had no effect at all: the group had moved on. Undo, and go on from the last one."""
+
+
+class DisconnectedError(CarouselError):
+    """What was said to Kafka may or may not have been heard: begin a new session, which finds out."""

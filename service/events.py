@@ -74,7 +74,7 @@ class EventHub:
         """Offer the forecasts among `outgoing`. Never waits for a reader; costs nothing while there is none."""
         if not self._readers:
             return
-        forecasts = [(_stream_of(record), record.value) for record in outgoing if record.topic == self.topic]
+        forecasts = [(_stream_of(o), o.value) for o in outgoing if o.topic == self.topic and o.value]
         with self._lock:
             dropped = sum(reader.offer(forecasts) for reader in self._readers)
         self.metrics.events_dropped.inc(dropped)
@@ -107,4 +107,4 @@ class EventHub:
 
 
 def _stream_of(record: Outgoing) -> str:
-    return record.key.decode() if record.key else str(orjson.loads(record.value)["stream"])
+    return record.key.decode() if record.key else str(orjson.loads(record.value or b"")["stream"])

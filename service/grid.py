@@ -24,8 +24,11 @@ SCHEMA = (
     TensorSpec("slot", (), torch.int64, NO_SLOT),
     TensorSpec("ts_ms", (), torch.int64, NO_SLOT),
     TensorSpec("count", (), torch.int64),
+    TensorSpec("offset", (), torch.int64, -1),
+    TensorSpec("heard_ms", (), torch.int64, NO_SLOT),
 )
-"""A stream's place on the grid: its last slot, the time of its last observation, how many it had."""
+"""A stream's place on the grid: its last slot, the time of its last observation and how many it had. Its place among
+its partition's streams: the offset of its last record, and what the partition's clock showed then."""
 
 Bools = NDArray[np.bool_]
 

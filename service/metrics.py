@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -72,6 +73,13 @@ class Metrics:
         self.restarted = Counter(
             "carousel_streams_restarted_total", "Streams that began afresh after a gap too long.", registry=registry
         )
+        evicted = Counter(
+            "carousel_streams_evicted_total",
+            "Streams forgotten to bound the state: idle for too long, or not heard for longest in a full partition.",
+            ["reason"],
+            registry=registry,
+        )
+        self.evicted = {reason: evicted.labels(reason) for reason in ("full", "idle")}
         self.wave_rows = BatchHistogram("carousel_wave_rows", "Streams advanced together in a wave.", ROWS, registry)
         self.wave_seconds = BatchHistogram(
             "carousel_wave_duration_seconds", "Time of a wave: gather, advance, scatter, encode.", SECONDS, registry
@@ -81,6 +89,26 @@ class Metrics:
         )
         self.commit_seconds = BatchHistogram(
             "carousel_commit_duration_seconds", "Time to deliver forecasts and commit offsets.", SECONDS, registry
+        )
+        commits = Counter(
+            "carousel_commits_total", "Commits by what became of them; aborted ones are done again.", ["outcome"],
+            registry=registry,
+        )  # fmt: skip
+        self.commits = {outcome: commits.labels(outcome) for outcome in ("committed", "aborted")}
+        self.snapshots = Counter(
+            "carousel_snapshots_written_total", "Buckets of states written to the state topic.", registry=registry
+        )
+        self.snapshot_bytes = Counter(
+            "carousel_snapshot_bytes_total", "Bytes of states written to the state topic.", registry=registry
+        )
+        self.restoring = Gauge(
+            "carousel_restoring_partitions", "Partitions whose states are being restored.", registry=registry
+        )
+        self.restore_seconds = BatchHistogram(
+            "carousel_state_restore_duration_seconds",
+            "From a partition's assignment to its first observation: reading its snapshots, replaying its input.",
+            (*SECONDS, 30.0, 60.0, 300.0),
+            registry,
         )
         self.end_to_end_seconds = BatchHistogram(
             "carousel_end_to_end_latency_seconds",
@@ -96,7 +124,9 @@ class Metrics:
         )
         self.streams = Gauge("carousel_active_streams", "Streams with a state in this worker.", registry=registry)
         self.state_bytes = Gauge("carousel_state_bytes", "Bytes of the states in use.", registry=registry)
-        self.ready = Gauge("carousel_ready", "1 while the worker is a member of its group.", registry=registry)
+        self.ready = Gauge(
+            "carousel_ready", "1 while the worker is a member of its group and has its states.", registry=registry
+        )
         self.scored = Counter(
             "carousel_intervals_scored_total",
             "One-step forecast intervals whose truth came, by the interval's level.",
@@ -120,3 +150,8 @@ class Metrics:
         self.events_dropped = Counter(
             "carousel_events_dropped_total", "Events not sent because their reader was too slow.", registry=registry
         )
+
+    def forget_partition(self, topic: str, partition: int) -> None:
+        """What is told of a partition that this worker no longer has."""
+        with suppress(KeyError):
+            self.lag.remove(topic, str(partition))

@@ -56,12 +56,14 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A record to be written. cause_ms: the timestamp of the record that it answers, -1 where that had none."""
+    """A record to be written. value: None ends its key's life on a compacted topic. cause_ms: the timestamp of the
+    record that it answers, -1 where that had none.
+    """
 
     topic: str
     partition: int
     key: bytes | None
-    value: bytes
+    value: bytes | None
     headers: Headers = ()
     cause_ms: int = -1
 
@@ -91,6 +93,8 @@ _decoder = msgspec.json.Decoder(_Body)
 
 def parse(record: Record, limits: Limits) -> Observation:
     """The observation that a record holds. Raises Rejected with the reason if it holds none."""
+    if record.headers:
+        _check_headers(record.headers)
     stream = _decode_key(record.key)
     if record.value is None:
         if stream is None:
@@ -108,6 +112,15 @@ def parse(record: Record, limits: Limits) -> Observation:
     value = math.nan if body.value is None else check_value(body.value, limits.max_abs_value)
     covariates = tuple(read_covariates(body.covariates, limits)) if body.covariates or limits.covariates else ()
     return Observation(record, stream, _time_of(record, body.ts, limits), value, covariates)
+
+
+def _check_headers(headers: Headers) -> None:
+    """A name that is not UTF-8 comes from the transport with surrogates in place of its odd bytes."""
+    try:
+        for name, _ in headers:
+            name.encode()
+    except UnicodeEncodeError as error:
+        raise Rejected(Reason.UNDECODABLE, "the name of a header is not UTF-8") from error
 
 
 def _decode_key(key: bytes | None) -> str | None:
@@ -251,7 +264,9 @@ def dead_letter(record: Record, error: Rejected, topic: str) -> Outgoing:
     `carousel.errors.*` headers tell what was cut, how long it was, and the SHA-256 of the whole value.
     """
     key, value = record.key, record.value or b""
-    headers: list[tuple[str, bytes]] = [(name, content or b"") for name, content in record.headers]
+    headers = [
+        (name.encode(errors="backslashreplace").decode(), content or b"") for name, content in record.headers
+    ]  # a None cannot be sent again, nor can a name that is not UTF-8
     told: list[tuple[str, bytes]] = []
     room = DEAD_LETTER_BYTES_MAX
     if key and len(key) > room:

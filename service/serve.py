@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
@@ -36,9 +37,9 @@ def serve(settings: Settings) -> None:
     server = HttpServer(settings)
     log.info("serving %s: %s", bundle.model_id, server.url)
     try:
-        transport = KafkaPython(settings, client_id=server.url)
         hub = EventHub(settings.forecasts_topic, metrics)
-        worker = Worker(engine, transport, settings, metrics, hub.publish)
+        connect = partial(KafkaPython, settings, client_id=server.url)
+        worker = Worker(engine, connect, settings, metrics, hub.publish)
 
         def stop(signum: int, _frame: FrameType | None) -> None:
             log.info("%s: finishing", signal.Signals(signum).name)

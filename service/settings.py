@@ -27,10 +27,38 @@ class Settings(BaseSettings):
     observations_topic: str = Field("carousel.observations", description="Topic that observations are read from.")
     forecasts_topic: str = Field("carousel.forecasts", description="Topic that forecasts are written to.")
     dead_letters_topic: str = Field("carousel.observations.dlq", description="Topic for records that cannot be used.")
+    state_topic: str = Field("carousel.state", description="Compacted topic that snapshots of states are written to.")
     partitions: int = Field(4, ge=0, le=10_000, description="Create missing topics with so many; 0: never create.")
     start: Literal["earliest", "latest"] = Field("earliest", description="Where a new group begins to read.")
     max_poll_records: int = Field(5_000, ge=1, le=100_000, description="Records taken from Kafka at a time.")
     session_timeout_ms: int = Field(10_000, ge=6_000, description="Silence after which Kafka thinks a worker dead.")
+    max_poll_interval_ms: int = Field(
+        300_000, ge=10_000, description="Time for one batch, after which Kafka gives the worker's partitions to others."
+    )
+    slot: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9._-]{0,128}$",
+        description="Name of this worker's place in the group, the same after a restart: it then gets its partitions"
+        " back at once. Each worker needs its own; empty: none.",
+    )
+
+    guarantee: Literal["exactly_once", "at_least_once"] = Field(
+        "exactly_once", description="What readers (read_committed) see of a forecast when workers fail."
+    )
+    commit_interval_ms: int = Field(200, ge=0, le=60_000, description="Time from one commit to the next.")
+    transaction_timeout_ms: int = Field(
+        15_000, ge=1_000, le=900_000, description="Time after which Kafka aborts a transaction that was not ended."
+    )
+    snapshot_interval_s: float = Field(
+        60.0, gt=0, description="Each state that changed is written to the state topic within this time."
+    )
+    on_lost_state: Literal["stop", "restart_streams"] = Field(
+        "stop",
+        description="Where states cannot be restored as they were: stop and say why, or let the streams begin afresh.",
+    )
+    crash_restarts: int = Field(
+        5, ge=1, description="A record at which the process ended so often becomes a dead letter (crash)."
+    )
 
     http_host: str = Field("127.0.0.1", description="Address that HTTP listens on.")
     http_port: int = Field(8000, ge=0, le=65_535, description="Port that HTTP listens on; 0: any free one.")
@@ -45,7 +73,15 @@ class Settings(BaseSettings):
     max_ahead_s: float = Field(
         366 * 86_400.0, ge=0, description="How far an observation's time may lie ahead of its record's timestamp."
     )
-    max_streams: int = Field(100_000, ge=1, description="Streams one worker holds; more become dead letters (limit).")
+    max_streams: int = Field(100_000, ge=1, description="Streams followed in one partition.")
+    when_full: Literal["refuse", "forget"] = Field(
+        "refuse",
+        description="What a new stream meets in a full partition: it is refused (dead letter limit), or the stream that"
+        " was not heard for longest is forgotten.",
+    )
+    idle_limit_s: float = Field(
+        0.0, ge=0, description="Streams not heard for so long, in event time, are forgotten; 0: never."
+    )
     history_steps: int = Field(48, ge=0, le=10_000, description="Recent observations kept a stream, for /history.")
     max_wave_rows: int = Field(4_096, ge=1, description="Most streams advanced in one batched step.")
     threads: int = Field(1, ge=1, le=256, description="Threads that torch computes with.")

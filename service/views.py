@@ -33,12 +33,14 @@ def find(engine: Engine, stream: str) -> tuple[StreamKey, Rows]:
 
 
 def _last_heard(engine: Engine, stream: str) -> StreamKey | None:
-    ts_ms = engine.arena.column("ts_ms")
-    return max(engine.arena.keys_of(stream), key=lambda key: ts_ms[engine.arena.row(key)], default=None)
+    arena = engine.arena
+    ts_ms, count = arena.column("ts_ms"), arena.column("count")
+    rows = {key: row for key in arena.keys_of(stream) if (row := arena.find(key)) is not None and count[row]}
+    return max(rows, key=lambda key: ts_ms[rows[key]], default=None)
 
 
 def _copy(engine: Engine, keys: list[StreamKey]) -> Rows:
-    return engine.arena.gather(torch.tensor([engine.arena.row(key) for key in keys], dtype=torch.int64))
+    return engine.arena.gather(torch.tensor([engine.arena.find(key) for key in keys], dtype=torch.int64))
 
 
 def page(engine: Engine, limit: int, after: str, q: str) -> Fields:

@@ -1,4 +1,4 @@
-"""A poll's observations in waves: at most one observation of a stream in each, order within a stream kept."""
+"""A poll's moves in waves: at most one of a stream in each, order within a stream kept."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from service.arena import StreamKey
-from service.records import Observation
+from service.partition import Move
 
 
-def waves(observations: Iterable[Observation], most: int) -> Iterator[Sequence[Observation]]:
-    """The n-th observation of every stream, for n = 1, 2, ...; at most `most` in a wave.
+def waves(moves: Iterable[Move], most: int) -> Iterator[Sequence[Move]]:
+    """The n-th move of every stream, for n = 1, 2, ...; at most `most` in a wave.
 
-    >>> from service.records import Record
-    >>> def seen(stream, ts_ms): return Observation(Record("t", 0, 0, 0, None, None), stream, ts_ms, 0.0)
-    >>> polled = [seen("a", 1), seen("a", 2), seen("b", 1), seen("a", 3)]
-    >>> [[(o.stream, o.ts_ms) for o in wave] for wave in waves(polled, most=100)]
+    >>> from service.records import Observation, Record
+    >>> def move(id, slot): return Move(Observation(Record("t", 0, 0, 0, None, None), id, 0, 0.0), 0, slot, False, 0)
+    >>> polled = [move("a", 1), move("a", 2), move("b", 1), move("a", 3)]
+    >>> [[(m.observation.stream, m.slot) for m in wave] for wave in waves(polled, most=100)]
     [[('a', 1), ('b', 1)], [('a', 2)], [('a', 3)]]
     """
-    layers: list[list[Observation]] = []
+    layers: list[list[Move]] = []
     depth: defaultdict[StreamKey, int] = defaultdict(int)
-    for observation in observations:
-        key = StreamKey(observation.record.partition, observation.stream)
+    for move in moves:
+        key = StreamKey(move.observation.record.partition, move.observation.stream)
         if depth[key] == len(layers):
             layers.append([])
-        layers[depth[key]].append(observation)
+        layers[depth[key]].append(move)
         depth[key] += 1
     for layer in layers:
         for start in range(0, len(layer), most):

@@ -1,99 +1,305 @@
-"""The worker's loop: poll, process, commit; again, until told to stop."""
+"""The worker's loop: gather, process, commit; again, until told to stop. And what comes between: partitions that come
+and go, Kafka that goes away.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from service.engine import Engine, timed
+from service.errors import AbortedError, DisconnectedError, LostStateError
 from service.metrics import Metrics
 from service.records import Outgoing, Record
+from service.restore import Restore
 from service.settings import Settings
+from service.snapshots import Keeper, Note, Prepared, Trial
 from service.transport.contract import Transport
 
 log = logging.getLogger(__name__)
 
 POLL_MS = 100
-LAG_EVERY_S = 1.0
+RESTORING_POLL_MS = 10
+BATCH_BYTES_MAX = 32 << 20
+"""A batch is closed at this size, whatever the settings say of records: it is held in memory several times over."""
+WATCH_EVERY_S = 1.0
+RECONNECT_S = 1.0
 STALLED_S = 180.0
 """Longer than a commit may wait for a broker that is away: a restart would not bring it back."""
+ALONE_LIVES = 2
+"""Of `crash_restarts`, so many are left for finding the one record of a batch at which the process ends."""
+
+Batch = dict[int, list[Record]]
 
 
 class Worker:
-    """One member of the consumer group. `run` on one thread; `stop`, `ready` and `alive` may be used from any."""
+    """One member of the consumer group. `run` on one thread; `stop` and the properties may be used from any."""
 
     def __init__(
         self,
         engine: Engine,
-        transport: Transport,
+        connect: Callable[[], Transport],
         settings: Settings,
         metrics: Metrics,
         publish: Callable[[Sequence[Outgoing]], None],
         now_s: Callable[[], float] = time.time,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """publish: told of what was delivered, once it is."""
-        self.engine, self.transport, self.settings, self.metrics = engine, transport, settings, metrics
-        self._publish, self._now_s = publish, now_s
+        """connect: begins a session with Kafka. publish: told of what was delivered, once it is. now_s: the time of
+        day. clock_s: one that never steps, by which all is scheduled.
+        """
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self._connect, self._publish, self._now_s, self._clock_s = connect, publish, now_s, clock_s
         self._stopping = threading.Event()
-        self._partitions: set[int] = set()
         self._consumed = metrics.consumed.labels(settings.observations_topic)
-        self._turned_at = time.monotonic()
-        self._lag_at = 0.0
-        self._ready = False
+        self._turned_at = self._clock_s()
+        self._unready = "the worker has not joined its group yet"
         self._kafka_answers = True
+        self._survived: dict[int, Trial] = {}
+        """What this process tried: whatever else went wrong with it, the process did not end."""
+        self._reset()
+
+    def _reset(self) -> None:
+        """What belongs to one session."""
+        self._committed_at = self._watched_at = 0.0
+        self._restores: dict[int, tuple[Restore, Iterator[None], float]] = {}
+        self._keepers: dict[int, Keeper] = {}
+        self._offsets: dict[int, int] = {}
+        """Of live partitions, the committed offsets."""
+        self._unnoted: set[int] = set()
+        """Live partitions of which what is noted beside the offset is missing, or true no more."""
+        self._trials: dict[int, Trial] = {}
+        """Live partitions of which nothing was committed in this session yet, with what was said of the last."""
+
+    @property
+    def unready(self) -> str:
+        """Why this worker is not ready; empty if it is."""
+        return "stopping" if self._stopping.is_set() else self._unready
 
     @property
     def ready(self) -> bool:
-        """Whether Kafka answers and this worker is a settled member of its group."""
-        return self._ready and not self._stopping.is_set()
+        """Whether Kafka answers, and this worker is a settled member of its group and has its streams."""
+        return not self.unready
 
     @property
     def alive(self) -> bool:
         """Whether the loop still turns."""
-        return time.monotonic() - self._turned_at < STALLED_S
+        return self._clock_s() - self._turned_at < STALLED_S
+
+    @property
+    def live(self) -> frozenset[int]:
+        """The partitions whose streams are followed here, as of their last commit."""
+        return frozenset(self._keepers)
 
     def stop(self) -> None:
-        """Finish the wave at hand, deliver, commit, leave the group."""
+        """Finish the batch at hand, deliver, commit, leave the group."""
         self._stopping.set()
 
     def run(self) -> None:
         """Until `stop`. Raises ServiceError if it cannot go on."""
+        while not self._stopping.is_set():
+            try:
+                self._session()
+            except DisconnectedError as error:
+                self._answered(False, str(error))
+                self._turned_at = self._clock_s()
+                self._stopping.wait(RECONNECT_S)
+
+    def _session(self) -> None:
+        """One session with Kafka, until it fails or this worker is to stop."""
+        self.transport = self._connect()
         try:
             while not self._stopping.is_set():
                 self.turn()
         finally:
-            self.metrics.ready.set(0)
-            self.transport.close()
-            log.info("left the group %s", self.settings.group_id)
+            self.end_session()
+
+    def begin_session(self) -> None:
+        """Connect, for those who turn the loop themselves."""
+        self.transport = self._connect()
+
+    def end_session(self) -> None:
+        """Forget all, and hang up: the next session finds out where things stand."""
+        self._set_unready("the session with Kafka has ended")
+        self.engine.rollback()
+        self._drop(frozenset(self._restores) | frozenset(self._keepers))
+        self._reset()
+        self.transport.close()
+        log.info("left the group %s", self.settings.group_id)
 
     def turn(self) -> None:
-        """One turn of the loop: whatever one poll brings, all the way to its commit."""
-        polled = self.transport.poll(POLL_MS)
-        self._rebalanced(polled.revoked, polled.assigned)
-        if polled.records:
-            self._consumed.inc(len(polled.records))
-            outgoing = self.engine.process(polled.records)
-            with timed(self.metrics.commit_seconds):
-                self.transport.commit(outgoing, next_offsets(polled.records))
-            self._delivered(outgoing)
-        self._turned_at = time.monotonic()
-        if self._turned_at - self._lag_at > LAG_EVERY_S:
-            self._lag_at = self._turned_at
+        """One turn of the loop: whatever comes within one commit interval, all the way to its commit."""
+        batch = self._gather()
+        self._restore_some()
+        self._process(batch)
+        self._turned_at = self._clock_s()
+        if self._turned_at - self._watched_at > WATCH_EVERY_S:
+            self._watched_at = self._turned_at
             self._watch()
 
-    def _rebalanced(self, revoked: frozenset[int], assigned: frozenset[int]) -> None:
-        if revoked:
-            self.engine.forget_partitions(revoked)
-            self._partitions -= revoked
-            for partition in revoked:
-                self.metrics.lag.remove(self.settings.observations_topic, str(partition))
-        self._partitions |= assigned
-        if revoked or assigned:
-            log.info("partitions of %s: %s", self.settings.observations_topic, sorted(self._partitions))
+    # Gathering: no transaction is open while it waits.
+
+    def _gather(self) -> Batch:
+        """The records of one commit interval, by partition; fewer if that is a lot already."""
+        batch: Batch = {}
+        count = size = 0
+        idle_until = self._clock_s() + POLL_MS / 1000
+        while True:
+            until = self._committed_at + self.settings.commit_interval_ms / 1000 if batch else idle_until
+            wait_ms = RESTORING_POLL_MS if self._restores else max(0, round(1000 * (until - self._clock_s())))
+            polled = self.transport.poll(wait_ms, self.settings.max_poll_records - count)
+            self._drop(polled.revoked)
+            for partition in polled.revoked:
+                batch.pop(partition, None)
+            self._take_up(polled.assigned)
+            for record in polled.records:
+                batch.setdefault(record.partition, []).append(record)
+                count, size = count + 1, size + len(record.value or b"")
+            full = count >= self.settings.max_poll_records or size >= BATCH_BYTES_MAX
+            if full or self._restores or self._stopping.is_set() or self._clock_s() >= until:
+                return batch
+
+    def _drop(self, partitions: frozenset[int]) -> None:
+        """These partitions are not this worker's any more. Nothing of them is in a transaction."""
+        if not partitions:
+            return
+        self.engine.forget_partitions(partitions)
+        for partition in partitions:
+            if restoring := self._restores.pop(partition, None):
+                restoring[1].close()  # type: ignore[attr-defined]
+            for kept in (self._keepers, self._offsets, self._trials):
+                kept.pop(partition, None)
+            self._unnoted.discard(partition)
+            self.metrics.forget_partition(self.settings.observations_topic, partition)
+        log.info("partitions %s of %s are gone", sorted(partitions), self.settings.observations_topic)
+
+    def _take_up(self, partitions: frozenset[int]) -> None:
+        if not partitions:
+            return
+        log.info("partitions %s of %s to be taken up", sorted(partitions), self.settings.observations_topic)
+        self._set_unready("partitions are being restored")
+        for partition in sorted(partitions):
+            restore = Restore(partition, self.transport, self.engine, self._clock_s)
+            self._restores[partition] = restore, restore.steps(), self._clock_s()
+
+    def _restore_some(self) -> None:
+        """A step of the restoration whose turn it is."""
+        if not self._restores:
+            return
+        partition = next(iter(self._restores))
+        restore, steps, began_s = self._restores.pop(partition)
+        try:
+            next(steps)
+        except StopIteration:
+            self._keepers[partition] = restore.keeper
+            self._offsets[partition] = restore.offset
+            self._trials[partition] = self._trial(partition, restore.note)
+            if restore.note is None or restore.note.partitions != restore.keeper.partitions:
+                self._unnoted.add(partition)
+            self.metrics.restore_seconds.observe(self._clock_s() - began_s)
+            self.transport.start(partition, restore.offset)
+        else:
+            self._restores[partition] = restore, steps, began_s
+        self.metrics.restoring.set(len(self._restores))
+
+    def _trial(self, partition: int, note: Note | None) -> Trial:
+        trial = (note.trial if note else None) or Trial(0, 0)
+        return replace(trial, lives=trial.lives - 1) if trial == self._survived.get(partition) else trial
+
+    # Processing.
+
+    def _process(self, batch: Batch) -> None:
+        batch = {partition: records for partition, records in batch.items() if partition in self._keepers}
+        self._consumed.inc(sum(map(len, batch.values())))
+        for partition in [p for p in batch if self._suspect(p)]:  # first: whoever comes before it is not to blame
+            self._process_alone(partition, batch.pop(partition))
+        unproven = {p: Trial(self._trials[p].lives + 1, batch[p][-1].offset + 1) for p in batch if p in self._trials}
+        if unproven and not self._commit([], {}, unproven):
+            self.transport.rewind({p: records[0].offset for p, records in batch.items()})
+        else:
+            self._process_batch(batch)
+
+    def _suspect(self, partition: int) -> bool:
+        """Whether the process has ended too often in a batch that is still before us."""
+        trial = self._trials.get(partition)
+        return trial is not None and trial.lives >= self._alone_from and trial.until > self._offsets[partition]
+
+    @property
+    def _alone_from(self) -> int:
+        return max(self.settings.crash_restarts - ALONE_LIVES, 1)
+
+    def _process_alone(self, partition: int, records: list[Record]) -> None:
+        """Try one record by itself, having noted that; if the process ended at this very one time and again, it becomes
+        a dead letter. The others come again.
+        """
+        trial, first = self._trials[partition], records[0].offset
+        again = trial.alone == first
+        crashed = {(partition, first)} if again and trial.lives >= self.settings.crash_restarts else set()
+        marked = replace(trial, lives=(trial.lives if again else self._alone_from) + 1, alone=first)
+        log.warning("partition %d: trying offset %d alone, for the %d. time", partition, first, marked.lives)
+        self.transport.rewind({partition: first})
+        known = crashed or self._commit([], {}, {partition: marked})
+        if known and self._process_batch({partition: records[:1]}, crashed):
+            self.transport.rewind({partition: first + 1})
+            if trial.until > first + 1:
+                self._trials[partition] = replace(trial, lives=self._alone_from, alone=-1)
+
+    def _process_batch(self, batch: Batch, crashed: set[tuple[int, int]] | None = None) -> bool:
+        outgoing = self.engine.process([record for records in batch.values() for record in records], crashed or ())
+        offsets = {partition: records[-1].offset + 1 for partition, records in batch.items()}
+        if self._commit(outgoing, offsets, {}):
+            self._delivered(outgoing)
+            return True
+        self.transport.rewind({partition: records[0].offset for partition, records in batch.items()})
+        return False
+
+    def _commit(self, outgoing: Sequence[Outgoing], offsets: Mapping[int, int], trials: Mapping[int, Trial]) -> bool:
+        """One transaction: what goes out, the input that is done with, the snapshots whose turn it is. -> False if it
+        was aborted, and all that was processed is undone.
+        """
+        now_s = self._clock_s()
+        due = {p: self._offsets[p] for p, keeper in self._keepers.items() if p in self._unnoted or keeper.due(now_s)}
+        told = due | {partition: self._offsets[partition] for partition in trials} | dict(offsets)
+        if not told:
+            return True
+        prepared = {p: self._keepers[p].prepare(offset, now_s, trials.get(p)) for p, offset in told.items()}
+        before = [*outgoing, *(record for one in prepared.values() for record in one.before)]
+        after = [record for one in prepared.values() for record in one.after]
+        try:
+            with timed(self.metrics.commit_seconds):
+                self.transport.commit(before, {p: one.offset for p, one in prepared.items()}, after)
+        except AbortedError as error:
+            self._aborted(prepared, error)
+            return False
+        self._stands(prepared, offsets)
+        self._survived |= trials
+        return True
+
+    def _aborted(self, prepared: Mapping[int, Prepared], error: AbortedError) -> None:
+        log.warning("a commit was aborted and is done again: %s", error)
+        self.metrics.commits["aborted"].inc()
+        touched = {p: self.engine.partition(p).touched for p in prepared}
+        self.engine.rollback()
+        for p, streams in touched.items():
+            self._keepers[p].touch(streams, self.engine.partition(p).mark, self._clock_s())
+
+    def _stands(self, prepared: Mapping[int, Prepared], offsets: Mapping[int, int]) -> None:
+        self._committed_at = self._clock_s()
+        self.metrics.commits["committed"].inc()
+        self.engine.commit({p: one.mark.offset for p, one in prepared.items()})
+        for partition, one in prepared.items():
+            self._keepers[partition].stand(one)
+            self._offsets[partition] = one.mark.offset
+            self._unnoted.discard(partition)
+            self.metrics.snapshots.inc(len(one.written))
+            self.metrics.snapshot_bytes.inc(sum(len(record.value or b"") for record in one.after))
+        for partition in offsets:
+            self._trials.pop(partition, None)
 
     def _delivered(self, outgoing: Sequence[Outgoing]) -> None:
         self._publish(outgoing)
@@ -103,23 +309,48 @@ class Worker:
         if len(causes_ms):
             self.metrics.end_to_end_seconds.observe(np.maximum(self._now_s() - causes_ms / 1000, 0))
 
+    # Watching.
+
     def _watch(self) -> None:
         lags = self.transport.lag()
-        self._answered(lags is not None)
-        self._ready = lags is not None and self.transport.stable
-        self.metrics.ready.set(self._ready)
+        self._answered(lags is not None, f"Kafka at {self.settings.bootstrap_servers} does not answer")
         for partition, lag in (lags or {}).items():
             self.metrics.lag.labels(self.settings.observations_topic, str(partition)).set(lag)
+        if lags is None:
+            return
+        self._check_partitions()
+        if self._restores:
+            done = sum(restore.progress for restore, _, _ in self._restores.values()) / len(self._restores)
+            self._set_unready(
+                f"{len(self._restores)} partitions are being restored, {done:.0%} of their replay is done"
+            )
+        elif not self.transport.stable:
+            self._set_unready("the worker is not (or no longer) a settled member of its group")
+        else:
+            self._set_unready("")
 
-    def _answered(self, answers: bool) -> None:
+    def _check_partitions(self) -> None:
+        """Partitions that were added take keys away from their states."""
+        now, counts = self.transport.partitions, {keeper.partitions for keeper in self._keepers.values()}
+        if counts and now and counts != {now}:
+            told = f"{self.settings.observations_topic} has {now} partitions now, and had {sorted(counts)}"
+            if self.settings.on_lost_state == "stop":
+                raise LostStateError(
+                    f"{told}: keys have moved away from their states; to go on all the same, and let the streams that"
+                    " moved begin afresh: --on-lost-state restart_streams"
+                )
+            raise DisconnectedError(f"{told}; taking them up")
+
+    def _answered(self, answers: bool, why: str) -> None:
         """Say it once when Kafka goes, and once when it is back."""
         if self._kafka_answers and not answers:
-            log.error("Kafka at %s does not answer; waiting for it", self.settings.bootstrap_servers)
+            log.error("%s; waiting for it", why)
         elif answers and not self._kafka_answers:
             log.info("Kafka at %s answers again", self.settings.bootstrap_servers)
         self._kafka_answers = answers
+        if not answers:
+            self._set_unready(why)
 
-
-def next_offsets(records: Sequence[Record]) -> dict[int, int]:
-    """By partition, the offset of the first record that is not among these."""
-    return {record.partition: record.offset + 1 for record in records}  # in order: the last one stays
+    def _set_unready(self, why: str) -> None:
+        self._unready = why
+        self.metrics.ready.set(not why)

@@ -72,13 +72,15 @@ class Served:
     def dead_letters(self) -> str:
         return str(self.settings["dead_letters_topic"])
 
-    def start(self) -> None:
+    def start(self, wait: bool = True) -> None:
+        """wait: until it is ready."""
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.settings.items()]
         with self.log_file.open("ab") as log:
             since = log.tell()
             self.process = subprocess.Popen([sys.executable, "-m", "carousel", "serve", *flags], stdout=log, stderr=log)
         self.url = until("the URL in the log", lambda: self._said(since))
-        until("readiness", self.ready)
+        if wait:
+            until("readiness", self.ready)
 
     def _said(self, since: int) -> str:
         text = self.log_file.read_text()[since:]
@@ -121,7 +123,9 @@ class Served:
 
     def read(self, topic: str, count: int) -> list[Any]:
         """The topic's records from its beginning, once there are `count`; those of a partition in order."""
-        consumer = KafkaConsumer(bootstrap_servers=self.servers, auto_offset_reset="earliest")
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.servers, auto_offset_reset="earliest", isolation_level="read_committed"
+        )
         consumer.assign([TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic))])
         records: list[Any] = []
         deadline = time.monotonic() + LIMIT_S
@@ -136,13 +140,15 @@ class Served:
 
 
 @contextmanager
-def serving(bundle: Path, servers: str, directory: Path, partitions: int = 4, **settings: Any) -> Iterator[Served]:
+def serving(
+    bundle: Path, servers: str, directory: Path, partitions: int = 4, wait: bool = True, **settings: Any
+) -> Iterator[Served]:
     """`carousel serve` with topics of its own, until the end of the block."""
     name = f"test-{uuid.uuid4().hex[:8]}"
-    topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters")}
+    topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters", "state")}
     own = {"model": bundle, "bootstrap_servers": servers, "group_id": name, "http_port": 0, "partitions": partitions}
     served = Served(servers, own | topics | settings, directory / f"{name}.log")
-    served.start()
+    served.start(wait)
     try:
         yield served
     finally:

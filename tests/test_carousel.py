@@ -90,14 +90,6 @@ def test_a_damaged_bundle(tmp_path: Path) -> None:
     assert "damaged" in refused("serve", "--model", tmp_path)
 
 
-def test_a_broker_that_does_not_answer(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"127.0.0.1:{silent.getsockname()[1]}"
-        line = refused("serve", "--model", random_bundle(tmp_path), "--http-port", 0, "--bootstrap-servers", address)
-    assert address in line
-    assert "carousel broker" in line
-
-
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

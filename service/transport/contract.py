@@ -1,11 +1,13 @@
-"""What the worker needs of Kafka, and no more: poll, commit, pause, lag.
+"""What the worker needs of Kafka, and no more: poll, commit, pause, read what was, lag.
 
-A transport belongs to one thread. It never raises out of `poll` for a record's sake.
+A transport is one session with Kafka and belongs to one thread. It never raises out of `poll` for a record's sake.
+Where Kafka goes away and may have missed something, any of its methods raises DisconnectedError: then begin a new
+session.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,24 +16,64 @@ from service.records import Outgoing, Record
 
 @dataclass(frozen=True)
 class Polled:
-    """What a poll brought. Partitions come and go only here: `revoked` ones before `assigned` ones, then records."""
+    """What a poll brought. Partitions come and go only here: `revoked` ones before `assigned` ones, then records.
+
+    An assigned partition is silent until `start`.
+    """
 
     records: Sequence[Record] = ()
     assigned: frozenset[int] = field(default_factory=frozenset)
     revoked: frozenset[int] = field(default_factory=frozenset)
 
 
+@dataclass(frozen=True)
+class Offset:
+    """Where a group stands in a partition: the input before `offset` is done with; and what it noted beside it."""
+
+    offset: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The offsets that a partition holds: from `first` to before `end`, whether committed to be read or not."""
+
+    first: int
+    end: int
+
+
 class Transport(Protocol):
     """One worker's side of the observations topic and of those it writes."""
 
-    def poll(self, timeout_ms: int) -> Polled:
-        """Wait at most `timeout_ms` for records of the assigned partitions."""
+    @property
+    def partitions(self) -> int:
+        """How many partitions the observations topic has."""
 
-    def commit(self, outgoing: Sequence[Outgoing], offsets: Mapping[int, int]) -> None:
-        """Deliver `outgoing`, then note that the input before `offsets` (by partition) is done with.
+    def poll(self, timeout_ms: int, max_records: int) -> Polled:
+        """Wait at most `timeout_ms` for records of the started partitions."""
 
-        When it returns, all is with the broker. Raises TransportError if it is not, and it is unknown how much.
+    def commit(self, before: Sequence[Outgoing], offsets: Mapping[int, Offset], after: Sequence[Outgoing]) -> None:
+        """Deliver `before`, note that the input before `offsets` (by partition) is done with, deliver `after`.
+
+        Exactly once: all of it in one transaction. At least once: in this order. When it returns, all is with the
+        broker. Raises AbortedError where nothing was done, because the group has moved on; ServiceError for a record
+        that Kafka will never take, or if another worker has taken this one's place.
         """
+
+    def committed(self, partition: int) -> Offset | None:
+        """Where the group stands, None if nowhere yet. Raises TimeoutError if that is not settled yet: ask again."""
+
+    def bounds(self, topic: str, partition: int) -> Bounds:
+        """What there is of a partition."""
+
+    def read(self, topic: str, partition: int, first: int, end: int) -> Iterator[Sequence[Record]]:
+        """The committed records from `first` to before `end`, in batches, some of them empty: each takes a moment."""
+
+    def start(self, partition: int, offset: int) -> None:
+        """Let a partition speak, from this offset on."""
+
+    def rewind(self, offsets: Mapping[int, int]) -> None:
+        """Go back to these offsets (by partition), where the partitions are still there."""
 
     def pause(self, partitions: Iterable[int]) -> None:
         """Bring no records of these partitions until `resume`."""

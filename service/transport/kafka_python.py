@@ -1,85 +1,151 @@
-"""The contract on kafka-python. Its traps, and their guards, stay in this file.
+"""The contract on kafka-python. Its traps, and their guards, stay in this file; tests/service/transport/test_traps.py
+has their numbers, and shows each not to reach us.
 
-At least once for now: records first, offsets after them. A worker that dies between the two does that work again.
+What can be said to have failed without effect is an AbortedError. After anything else about a commit nobody knows, and
+only a new session can tell: its producer, by the same transactional id, ends what the old one left open.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import OffsetSpec
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import CommitFailedError, KafkaConnectionError, KafkaError, KafkaTimeoutError, TopicAlreadyExistsError
+from kafka.errors import (
+    CommitFailedError,
+    CorruptRecordError,
+    FencedInstanceIdError,
+    InvalidProducerEpochError,
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    LogTruncationError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    ProducerFencedError,
+)
+from kafka.record.default_records import DefaultRecordBatch
 from kafka.structs import MemberState, OffsetAndMetadata
 
-from service.errors import ServiceError
+from service.errors import AbortedError, DisconnectedError, LostStateError, ServiceError
 from service.records import Outgoing, Record
 from service.settings import Settings
-from service.transport.contract import Polled
+from service.transport.contract import Bounds, Offset, Polled
+from service.transport.topics import RECORD_BYTES_MAX, prepare_topics
 
 log = logging.getLogger(__name__)
 
-BOOTSTRAP_TIMEOUT_MS = 10_000
+BOOTSTRAP_TIMEOUT_MS = 5_000
 DELIVERY_TIMEOUT_S = 120
+DEADLINE_S = 60.0
+"""No call that kafka-python lets wait for ever may wait longer."""
+UNSETTLED_S = 45.0
+"""Nor may this worker be without a settled membership."""
 JOIN_POLL_MS = 100
-"""A shorter poll, while the member joins, drops the join half-way: kafka-python then never joins."""
 CLOSE_TIMEOUT_S = 5
 ANSWER_TIMEOUT_MS = 1_000
+READ_POLL_MS = 100
+READ_RECORDS = 5_000
+METADATA_AGE_MS = 10_000
+"""Time in which partitions that were added are noticed."""
+EXIT_RESTART = 75
+"""EX_TEMPFAIL: start me again."""
 
 
 class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
-    """A consumer of the observations topic and a producer of the others. Raises ServiceError where Kafka is not there
-    or its topics do not fit.
+    """A session: a consumer of the observations topic and a producer of the others.
+
+    Raises DisconnectedError where Kafka is not there, ServiceError where its topics do not fit.
     """
 
     def __init__(self, settings: Settings, client_id: str) -> None:
         self.settings = settings
         self.topic = settings.observations_topic
-        common = {
+        self._exactly = settings.guarantee == "exactly_once"
+        self._common = {
             "bootstrap_servers": settings.bootstrap_servers.split(","),
             "client_id": client_id,
             "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
             "reconnect_backoff_max_ms": 1_000,  # by default a broker that is back may be overlooked for half a minute
         }
+        self._watchdog = Watchdog(DEADLINE_S)
         self._noted = threading.Lock()
         self._assigned: set[int] = set()
         self._revoked: set[int] = set()
+        self._started: set[int] = set()
+        self._settled_s = time.monotonic()
+        self._clients: list[Any] = []
         try:
-            prepare_topics(settings, common)
-            self._producer = KafkaProducer(
-                **common,
-                acks="all",
-                enable_idempotence=True,
-                linger_ms=5,
-                batch_size=262_144,
-                delivery_timeout_ms=DELIVERY_TIMEOUT_S * 1000,
-                retry_backoff_ms=10,
-            )
-            self._consumer = KafkaConsumer(
-                **common,
-                group_id=settings.group_id,
-                isolation_level="read_committed",
-                enable_auto_commit=False,
-                auto_offset_reset=settings.start,
-                max_poll_records=settings.max_poll_records,
-                session_timeout_ms=settings.session_timeout_ms,
-                heartbeat_interval_ms=settings.session_timeout_ms // 10,
-                partition_assignment_strategy=[CooperativeStickyAssignor],
-                # No deserializers: one that raises makes later polls spin for ever.
-            )
-            self._consumer.subscribe([self.topic], listener=self)
-            self._consumer.partitions_for_topic(self.topic)  # without metadata the first join may hang for ever
-        except KafkaError as error:
-            raise unreachable(settings.bootstrap_servers, error) from error
+            with self._answered("its topics"):
+                prepare_topics(settings, self._common)
+                self._admin = self._opened(KafkaAdminClient(**self._common, request_timeout_ms=CLOSE_TIMEOUT_S * 1000))
+                self._producer = self._opened(self._new_producer())
+                if self._exactly:
+                    with self._watchdog.over("begin"):
+                        self._producer.init_transactions()  # ends what this worker's last life left open
+                self._consumer = self._opened(self._new_consumer())
+        except BaseException:
+            self.close()
+            raise
 
-    # Both callbacks run on the client's own thread while poll() waits; they only take notes.
+    def _opened(self, client: Any) -> Any:
+        self._clients.append(client)
+        return client
+
+    def _new_producer(self) -> KafkaProducer:
+        settings = self.settings
+        transactional = {
+            "transactional_id": f"{settings.group_id}-{settings.slot or uuid.uuid4().hex}",
+            "transaction_timeout_ms": settings.transaction_timeout_ms,
+        }
+        return KafkaProducer(
+            **self._common,
+            **(transactional if self._exactly else {}),
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=5,
+            batch_size=262_144,
+            max_request_size=RECORD_BYTES_MAX + 65_536,
+            delivery_timeout_ms=DELIVERY_TIMEOUT_S * 1000,
+            retry_backoff_ms=10,  # by default a commit now and then waits 200 ms for the one before it
+        )
+
+    def _new_consumer(self) -> KafkaConsumer:
+        settings = self.settings
+        consumer = KafkaConsumer(
+            **self._common,
+            group_id=settings.group_id,
+            group_instance_id=settings.slot or None,
+            isolation_level="read_committed",  # committed offsets then wait for pending transactions, too
+            enable_auto_commit=False,
+            auto_offset_reset="none",  # nothing is ever skipped in silence
+            session_timeout_ms=settings.session_timeout_ms,
+            heartbeat_interval_ms=settings.session_timeout_ms // 10,
+            max_poll_interval_ms=settings.max_poll_interval_ms,
+            metadata_max_age_ms=METADATA_AGE_MS,
+            partition_assignment_strategy=[CooperativeStickyAssignor],
+            # No deserializers: one that raises makes later polls spin for ever (trap 6).
+        )
+        consumer.subscribe([self.topic], listener=self)
+        consumer.partitions_for_topic(self.topic)  # without metadata the first join may hang for ever (trap 4)
+        return consumer
+
+    # Callbacks run on the client's own thread while poll() waits, and one that is slow stops the whole group: they only
+    # take notes and hold the place. Without a position poll() would raise.
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        assigned = list(assigned)
+        self._consumer.pause(*assigned)
+        for tp in assigned:
+            self._consumer.seek(tp, 0)
         with self._noted:
             self._assigned |= {tp.partition for tp in assigned}
 
@@ -92,37 +158,155 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
     def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
         self.on_partitions_revoked(lost)
 
-    def poll(self, timeout_ms: int) -> Polled:
-        polled = self._consumer.poll(timeout_ms if self.stable else max(timeout_ms, JOIN_POLL_MS))
+    @property
+    def partitions(self) -> int:
+        return len(self._consumer.partitions_for_topic(self.topic) or ())
+
+    def poll(self, timeout_ms: int, max_records: int) -> Polled:
+        if not self.stable:
+            # A poll that is too short for a join forgets why it began one, and never ends it (trap 4).
+            timeout_ms = max(timeout_ms, JOIN_POLL_MS)
+            coordinator = self._consumer._coordinator
+            coordinator.request_rejoin()
+            # And a join that ended between two polls is not heard of, but begun again, by the whole group (trap 11).
+            if coordinator._join_task and coordinator._join_task.is_done:
+                coordinator._join_task = _Ended(coordinator._join_task)
+        with self._answered("polling"):
+            polled = self._consumer.poll(timeout_ms, max_records=max_records)
+        self._check_settled()
         with self._noted:
             assigned, self._assigned = frozenset(self._assigned), set()
             revoked, self._revoked = frozenset(self._revoked), set()
-        records = [
-            Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, r.headers)
-            for batch in polled.values()
-            for r in batch
-        ]
+        self._started -= revoked
+        records = [record_of(r) for batch in polled.values() for r in batch if r.partition not in revoked]
         return Polled(records, assigned, revoked)
 
-    def commit(self, outgoing: Sequence[Outgoing], offsets: Mapping[int, int]) -> None:
+    def _check_settled(self) -> None:
+        if self.stable:
+            self._settled_s = time.monotonic()
+        elif time.monotonic() - self._settled_s > UNSETTLED_S:  # trap 4 again: it may never end by itself
+            raise DisconnectedError(f"this worker was no settled member of its group for {UNSETTLED_S:g} s")
+
+    def commit(self, before: Sequence[Outgoing], offsets: Mapping[int, Offset], after: Sequence[Outgoing]) -> None:
+        if self._exactly:
+            with self._watchdog.over("a transaction"):
+                self._commit_transaction([*before, *after], offsets)
+        else:
+            with self._answered("a commit"):
+                self._deliver(before, DELIVERY_TIMEOUT_S)
+                try:
+                    self._consumer.commit(self._offsets(offsets))
+                except CommitFailedError as error:
+                    raise AbortedError(line(error)) from error
+                self._deliver(after, DELIVERY_TIMEOUT_S)
+
+    def _commit_transaction(self, outgoing: Sequence[Outgoing], offsets: Mapping[int, Offset]) -> None:
+        # Taken after the last poll. Of one that is no member any more, the broker would accept the offsets (trap 5).
+        member = self._consumer.group_metadata()
+        owned = {tp.partition for tp in self._consumer.assignment()}
+        if member.generation_id < 0 or not set(offsets) <= owned:
+            raise AbortedError("this worker is not (or no longer) a member of its group")
+        began_s = time.monotonic()
         try:
-            futures = [
-                self._producer.send(o.topic, o.value, key=o.key, partition=o.partition, headers=list(o.headers))
-                for o in outgoing
-            ]
-            self._producer.flush(timeout=DELIVERY_TIMEOUT_S)
-            for future in futures:
-                future.get(timeout=0)  # flush() does not say that a record failed
+            with self._answered("a transaction"):
+                self._producer.begin_transaction()
+                # Trap 1, 2 and 9: a commit may report success for records that failed. So all are known to be with the
+                # broker before the offsets go, and the offsets go last.
+                self._deliver(outgoing, self.settings.transaction_timeout_ms / 1000)
+                try:
+                    self._producer.send_offsets_to_transaction(self._offsets(offsets), member)
+                except CommitFailedError as error:
+                    self._producer.abort_transaction()
+                    # Trap 10: else the next transaction commits these offsets, too, whoever has their partitions then.
+                    self._producer._transaction_manager._pending_txn_offset_commits.clear()
+                    raise AbortedError(line(error)) from error
+                self._producer.commit_transaction()
+        except (ProducerFencedError, InvalidProducerEpochError) as error:
+            if self.settings.slot and time.monotonic() - began_s < self.settings.transaction_timeout_ms / 2000:
+                raise taken(self.settings) from error
+            raise DisconnectedError(f"Kafka aborted a transaction that took too long: {line(error)}") from error
+
+    def _deliver(self, outgoing: Sequence[Outgoing], timeout_s: float) -> None:
+        futures = []
+        for o in outgoing:
+            with self._accepted(o):
+                futures.append(
+                    self._producer.send(o.topic, o.value, key=o.key, partition=o.partition, headers=list(o.headers))
+                )
+        self._producer.flush(timeout=timeout_s)
+        for o, future in zip(outgoing, futures, strict=True):
+            with self._accepted(o):
+                future.get(timeout=0)  # neither flush() nor a commit says that a record failed
+
+    @contextmanager
+    def _accepted(self, outgoing: Outgoing) -> Iterator[None]:
+        try:
+            yield
+        except (ProducerFencedError, InvalidProducerEpochError):
+            raise
         except KafkaError as error:
-            raise ServiceError(f"Kafka did not take {len(outgoing)} records: {_line(error)}") from error
+            if getattr(error, "retriable", False):
+                raise
+            size = len(outgoing.value or b"")
+            raise ServiceError(
+                f"Kafka does not take a record of {size} bytes for {outgoing.topic}: {line(error)}"
+            ) from error
+
+    def _offsets(self, offsets: Mapping[int, Offset]) -> dict[TopicPartition, OffsetAndMetadata]:
+        return {TopicPartition(self.topic, p): OffsetAndMetadata(o.offset, o.note, -1) for p, o in offsets.items()}
+
+    def committed(self, partition: int) -> Offset | None:
         try:
-            self._consumer.commit(
-                {TopicPartition(self.topic, p): OffsetAndMetadata(offset, "", -1) for p, offset in offsets.items()}
+            found = self._consumer.committed(
+                TopicPartition(self.topic, partition), metadata=True, timeout_ms=ANSWER_TIMEOUT_MS // 2
             )
-        except CommitFailedError as error:  # another worker has the partitions by now, and does this work again
-            log.warning("the group moved on before offsets were committed: %s", _line(error))
+        except KafkaTimeoutError as error:
+            raise TimeoutError from error
         except KafkaError as error:
-            raise ServiceError(f"Kafka did not take the offsets: {_line(error)}") from error
+            raise DisconnectedError(line(error)) from error
+        return None if found is None else Offset(found.offset, found.metadata or "")
+
+    def bounds(self, topic: str, partition: int) -> Bounds:
+        tp = TopicPartition(topic, partition)
+        with self._answered(f"the offsets of {topic}"):
+            first = self._admin.list_partition_offsets({tp: OffsetSpec.EARLIEST})[tp].offset
+            # Up to the high watermark: reading to the last stable offset only may miss what a commit just made visible.
+            end = self._admin.list_partition_offsets({tp: OffsetSpec.LATEST})[tp].offset
+        return Bounds(first, end)
+
+    def read(self, topic: str, partition: int, first: int, end: int) -> Iterator[Sequence[Record]]:
+        if first >= end:
+            return
+        tp = TopicPartition(topic, partition)
+        with self._answered(f"reading {topic}"):
+            reader = KafkaConsumer(
+                **self._common,
+                group_id=None,
+                isolation_level="read_committed",
+                auto_offset_reset="none",
+                max_poll_records=READ_RECORDS,
+                fetch_max_bytes=1 << 25,
+                max_partition_fetch_bytes=1 << 23,
+            )
+            try:
+                reader.assign([tp])
+                reader.seek(tp, first)
+                while reader.position(tp) < end:
+                    yield [record_of(r) for r in reader.poll(READ_POLL_MS).get(tp, ()) if r.offset < end]
+            finally:
+                reader.close(timeout_ms=ANSWER_TIMEOUT_MS)
+
+    def start(self, partition: int, offset: int) -> None:
+        tp = TopicPartition(self.topic, partition)
+        self._consumer.seek(tp, offset)
+        self._consumer.resume(tp)
+        self._started.add(partition)
+
+    def rewind(self, offsets: Mapping[int, int]) -> None:
+        owned = self._consumer.assignment()
+        for partition, offset in offsets.items():
+            if (tp := TopicPartition(self.topic, partition)) in owned:
+                self._consumer.seek(tp, offset)
 
     def pause(self, partitions: Iterable[int]) -> None:
         self._consumer.pause(*(TopicPartition(self.topic, p) for p in partitions))
@@ -135,70 +319,127 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         return bool(self._consumer.group_metadata().state == MemberState.STABLE)
 
     def lag(self) -> Mapping[int, int] | None:
-        partitions = self._consumer.assignment()
+        partitions = [tp for tp in self._consumer.assignment() if tp.partition in self._started]
         try:
-            ends = self._consumer.end_offsets(partitions, timeout_ms=ANSWER_TIMEOUT_MS)
+            ends = self._consumer.end_offsets([TopicPartition(self.topic, 0)], timeout_ms=ANSWER_TIMEOUT_MS)
+            ends |= self._consumer.end_offsets(partitions, timeout_ms=ANSWER_TIMEOUT_MS) if partitions else {}
             positions = {tp: self._consumer.position(tp, timeout_ms=ANSWER_TIMEOUT_MS) for tp in partitions}
         except KafkaError:  # the group's state says nothing of it: the member stays <stable> while no broker is there
             return None
         return {tp.partition: max(0, ends[tp] - position) for tp, position in positions.items()}
 
     def close(self) -> None:
-        for hang_up in (
-            partial(self._consumer.close, timeout_ms=CLOSE_TIMEOUT_S * 1000),
-            partial(self._producer.close, timeout=CLOSE_TIMEOUT_S),
-        ):
-            try:
-                hang_up()
-            except KafkaError as error:
-                log.warning("while hanging up: %s", _line(error))
+        for client in reversed(self._clients):
+            limit = {"timeout": CLOSE_TIMEOUT_S} if isinstance(client, KafkaProducer) else {}
+            if isinstance(client, KafkaConsumer):
+                limit = {"timeout_ms": CLOSE_TIMEOUT_S * 1000}
+            with self._watchdog.over("hanging up"):
+                try:
+                    client.close(**limit)
+                except Exception as error:  # whatever it was, this session is over
+                    log.debug("while hanging up: %s", line(error))
+        self._watchdog.stop()
+
+    @contextmanager
+    def _answered(self, what: str) -> Iterator[None]:
+        """What of Kafka's errors ends the session, and what the service."""
+        try:
+            yield
+        except (ProducerFencedError, InvalidProducerEpochError):
+            raise
+        except FencedInstanceIdError as error:
+            raise taken(self.settings) from error
+        except CorruptRecordError as error:
+            raise ServiceError(f"{self.topic} holds a damaged batch that cannot be read: {line(error)}") from error
+        except (NoOffsetForPartitionError, OffsetOutOfRangeError, LogTruncationError) as error:
+            raise LostStateError(f"input of {self.topic} that is still needed is gone: {line(error)}") from error
+        except (KafkaConnectionError, KafkaTimeoutError) as error:
+            raise DisconnectedError(f"no Kafka broker answers at {self.settings.bootstrap_servers}") from error
+        except KafkaError as error:
+            told = f"{what}: {line(error)}"
+            if getattr(error, "retriable", False):
+                raise DisconnectedError(told) from error
+            raise ServiceError(f"Kafka at {self.settings.bootstrap_servers} refused {told}") from error
 
 
-def prepare_topics(settings: Settings, common: Mapping[str, Any]) -> None:
-    """Create the topics that are missing, where allowed, and see that partition numbers can be kept from input to
-    output. Raises ServiceError where they cannot.
-    """
-    source, *sinks = names = [settings.observations_topic, settings.forecasts_topic, settings.dead_letters_topic]
-    admin = KafkaAdminClient(**common)
-    try:
-        existing = set(admin.list_topics())
-        missing = [name for name in names if name not in existing]
-        if missing and not settings.partitions:
-            raise ServiceError(f"topics are missing and not to be created (partitions 0): {', '.join(missing)}")
-        if source in missing:
-            _create(admin, [source], settings.partitions)
-        partitions = _partitions(admin, [source])[source]
-        _create(admin, [name for name in missing if name != source], partitions)
-        for name, count in _partitions(admin, sinks).items():
-            if count < partitions:
-                raise ServiceError(
-                    f"topic {name} has {count} partitions and {source} has {partitions}: a forecast goes to the"
-                    f" partition its observation came from, so add partitions to {name}"
-                )
-    finally:
-        admin.close()
+def taken(settings: Settings) -> ServiceError:
+    """What to tell the operator of the older one of two workers of one slot."""
+    return ServiceError(f"another worker has taken slot {settings.slot!r} of group {settings.group_id}: this one ends")
 
 
-def _create(admin: KafkaAdminClient, names: Sequence[str], partitions: int) -> None:
-    for name in names:
-        with suppress(TopicAlreadyExistsError):  # another worker was as quick
-            admin.create_topics({name: {"num_partitions": partitions}})
-            log.info("created topic %s with %d partitions", name, partitions)
-    admin.wait_for_topics(names)
+def record_of(r: Any) -> Record:
+    return Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, r.headers)
 
 
-def _partitions(admin: KafkaAdminClient, names: Sequence[str]) -> dict[str, int]:
-    return {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(names)}
-
-
-def unreachable(bootstrap_servers: str, error: KafkaError) -> ServiceError:
-    """What to tell an operator when Kafka does not answer."""
-    if isinstance(error, KafkaConnectionError | KafkaTimeoutError):
-        return ServiceError(
-            f"no Kafka broker answers at {bootstrap_servers}; is it running? (`carousel broker` starts one)"
-        )
-    return ServiceError(f"Kafka at {bootstrap_servers} refused: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """An error in one line, however many it takes itself."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+class Watchdog(threading.Thread):
+    """Ends the process when a call into kafka-python does not come back: a transactional call may hang for ever after
+    the coordinator refused a connection (trap 3), or offsets were sent for a topic that is gone (trap 8). What became
+    of it, only the next life can find out.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self._deadline_s = deadline_s
+        self._over: tuple[str, float] | None = None
+        self._stopped = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._stopped.wait(0.2):
+            over = self._over
+            if over and time.monotonic() > over[1]:
+                log.critical("%s did not end within %g s: exit, to be started again", over[0], self._deadline_s)
+                logging.shutdown()
+                os._exit(EXIT_RESTART)
+
+    @contextmanager
+    def over(self, what: str) -> Iterator[None]:
+        """End the process if this block takes longer than the deadline."""
+        self._over = what, time.monotonic() + self._deadline_s
+        try:
+            yield
+        finally:
+            self._over = None
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+class _Ended:
+    """A join that has ended, and says that it goes on: so it is waited for, which takes no time."""
+
+    is_done = False
+
+    def __init__(self, join: Any) -> None:
+        self.add_callback, self.add_errback = join.add_callback, join.add_errback
+
+
+class _Lenient(bytearray):
+    """Bytes whose text may be anything."""
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        return _Lenient(part) if isinstance(index, slice) else part
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:  # noqa: ARG002
+        return super().decode(encoding, "surrogateescape")
+
+
+def _read_message(batch: Any, read_message: Any = DefaultRecordBatch._read_msg) -> Any:
+    """Trap 7: a header's name that is not UTF-8 makes kafka-python lose the batch it is in, and then spin. Here its
+    bytes come through as surrogates, for which `parse` has a dead letter.
+    """
+    position = batch._pos
+    try:
+        return read_message(batch)
+    except UnicodeDecodeError:
+        batch._buffer, batch._pos = _Lenient(batch._buffer), position
+        return read_message(batch)
+
+
+DefaultRecordBatch._read_msg = _read_message

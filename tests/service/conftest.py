@@ -38,7 +38,7 @@ STREAMS = (EXAMPLE_STREAM, "sensor-2", "site 7/temperature")
 class StubWorker:
     """The two facts about a worker that the API asks for."""
 
-    ready: bool = True
+    unready: str = ""
     alive: bool = True
 
 
@@ -93,7 +93,7 @@ class Running:
 
     def state(self, stream: str) -> dict[str, torch.Tensor]:
         (key,) = self.engine.arena.keys_of(stream)
-        return self.engine.arena.gather(torch.tensor([self.engine.arena.row(key)]))
+        return self.engine.arena.gather(torch.tensor([self.engine.arena.find(key)]))
 
 
 def run(config: ModelConfig, **settings: Any) -> Iterator[Running]:

@@ -1,0 +1,347 @@
+"""What of the states is on the state topic, so that a worker that starts can take them up again.
+
+The streams of a partition fall into buckets by the hash of their ids; a bucket that grows too large for a record is
+split in two. Each commit writes those buckets whose turn it is, each with the offset that it stands at. Beside the
+offset that is committed stands a `Note`: from where the input must be replayed, because not all buckets are younger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import orjson
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from model.state import Rows
+from service.engine import Engine
+from service.errors import LostStateError
+from service.partition import Decided, Entry, Mark
+from service.records import Outgoing
+from service.transport.contract import Offset
+
+FORMAT = 1
+SNAPSHOT_BYTES = 262_144
+"""A bucket whose rows take more is split, so that writing one never holds up a commit."""
+COMMIT_BYTES_MAX = 8_388_608
+"""Snapshots written in one commit; what is due beyond waits for the next."""
+JOURNAL_ENTRIES_MAX = 500
+"""In one record; an entry may hold a stream id of up to 1 kB."""
+HASH_BITS = 64
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A batch that was begun and not yet committed. lives: how often. until: the offset after it. alone: the offset of
+    the one record that was tried by itself, -1 where it was a whole batch.
+    """
+
+    lives: int
+    until: int
+    alone: int = -1
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is told beside a committed offset.
+
+    replay: where to replay from. mark: where the partition stands at the offset. snapshots, digest: how many there are
+    on the topic, and a sum over their buckets and offsets, empty where that cannot be promised. partitions: of the
+    observations topic.
+    """
+
+    replay: Mark
+    mark: Mark
+    snapshots: int
+    digest: str
+    partitions: int
+    model: str
+    trial: Trial | None = None
+
+    def encode(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str) -> Note:
+        """Raises LostStateError if these are not the words of `encode`."""
+        try:
+            fields = json.loads(text)
+            if fields.pop("format") != FORMAT:
+                raise LostStateError("the offset was committed by another version of Carousel")
+            trial = fields.pop("trial")
+            replay, mark = Mark(**fields.pop("replay")), Mark(**fields.pop("mark"))
+            return cls(replay=replay, mark=mark, trial=Trial(**trial) if trial else None, **fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LostStateError(
+                "the offset was not committed by Carousel (was it reset by hand?), so the states do not belong to it"
+            ) from error
+
+
+@dataclass
+class Bucket:
+    """Streams whose ids' hashes begin with `bits`.
+
+    offset: the input before it is in the snapshot on the topic; -1: there is none. dirty: where the partition stood
+    before what changed since. written_s: when the snapshot was written.
+    """
+
+    bits: str
+    streams: set[str]
+    offset: int
+    written_s: float
+    dirty: Mark | None = None
+
+    @property
+    def phase(self) -> float:
+        """A number in [0, 1) that spreads buckets evenly, so that they are not all written at once."""
+        return int(self.bits or "0", 2) / (1 << len(self.bits))
+
+    def halves(self) -> tuple[Bucket, Bucket]:
+        """The two buckets that it splits into, which have no snapshots of their own yet."""
+        zero = {stream for stream in self.streams if hash_bits(stream)[len(self.bits)] == "0"}
+        return (
+            replace(self, bits=self.bits + "0", streams=zero),
+            replace(self, bits=self.bits + "1", streams=self.streams - zero),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one commit adds for a partition. before: needed before the offset is committed. after: only true after it.
+    written, removed: buckets with new snapshots, and those split into them.
+    """
+
+    mark: Mark
+    note: Note
+    before: Sequence[Outgoing]
+    after: Sequence[Outgoing]
+    written: Sequence[Bucket]
+    removed: Sequence[Bucket]
+
+    @property
+    def offset(self) -> Offset:
+        return Offset(self.mark.offset, self.note.encode())
+
+
+def hash_bits(stream: str) -> str:
+    """The hash of a stream id as text of 0 and 1. A good one, lest a producer could fill one bucket on purpose."""
+    digest = hashlib.blake2b(stream.encode(), digest_size=HASH_BITS // 8).digest()
+    return f"{int.from_bytes(digest):0{HASH_BITS}b}"
+
+
+@dataclass
+class Keeper:
+    """The snapshots of one partition."""
+
+    number: int
+    engine: Engine
+    partitions: int
+    """Of the observations topic."""
+    buckets: dict[str, Bucket] = field(default_factory=dict)
+    digest: int = 0
+    journals: list[tuple[bytes, int]] = field(default_factory=list)
+    """Records of the journal on the topic, by key, with their last entries' offsets."""
+    stale: list[bytes] = field(default_factory=list)
+    """Keys on the topic that are of no use any more."""
+
+    def __post_init__(self) -> None:
+        self.settings = self.engine.settings
+        self.interval_s = self.settings.snapshot_interval_s
+        if not self.buckets:
+            self.buckets[""] = Bucket("", set(), -1, 0.0)
+
+    # Keys: group, partition, then a bucket's bits or the journal; so groups may share a topic.
+    def key(self, name: str) -> bytes:
+        return f"{self.settings.group_id}/{self.number}/{name}".encode()
+
+    def bucket_of(self, stream: str) -> Bucket:
+        bits = hash_bits(stream)
+        for length in range(HASH_BITS):
+            if bucket := self.buckets.get(bits[:length]):
+                return bucket
+        raise KeyError(stream)
+
+    def covered(self, stream: str) -> int:
+        """The offset before which a stream's records are in its snapshot."""
+        return self.bucket_of(stream).offset
+
+    def touch(self, streams: Iterable[str], mark: Mark, now_s: float) -> None:
+        """These streams came, went or moved since the partition stood at `mark`."""
+        held = self.engine.arena.streams(self.number)
+        for stream in streams:
+            bucket = self.bucket_of(stream)
+            (bucket.streams.add if stream in held else bucket.streams.discard)(stream)
+            if bucket.dirty is None:
+                bucket.dirty = mark
+                if bucket.offset < 0 and not bucket.written_s:
+                    bucket.written_s = now_s
+
+    def due(self, now_s: float) -> bool:
+        """Whether there are snapshots to be written."""
+        return any(bucket.dirty and now_s - bucket.written_s >= self.interval_s for bucket in self.buckets.values())
+
+    def prepare(self, offset: int, now_s: float, trial: Trial | None = None) -> Prepared:
+        """What a commit of the input before `offset` writes for this partition. Changes nothing that matters."""
+        partition = self.engine.partition(self.number)
+        mark = partition.next(offset)
+        self.touch(partition.touched, partition.mark, now_s)
+        removed = self._due(now_s)
+        written = [self._at(part, offset, now_s, split=part is not one) for one in removed for part in self._fit(one)]
+        exactly = self.settings.guarantee == "exactly_once"
+        # At least once, snapshots come after the offset, or not at all: it must not count on them.
+        counted = {bucket.bits for bucket in removed} if exactly else set()
+        open_marks = [b.dirty for b in self.buckets.values() if b.dirty and b.bits not in counted]
+        start = min(open_marks, key=lambda mark: mark.offset, default=mark)
+        count = sum(bucket.offset >= 0 for bucket in self.buckets.values())
+        if exactly:
+            count += len(written) - sum(bucket.offset >= 0 for bucket in removed)
+        digest = f"{self._digest_after(removed, written):016x}" if exactly else ""
+        note = Note(start, mark, count, digest, self.partitions, self.engine.bundle.model_id, trial)
+        after = self._after(start, removed, written)
+        return Prepared(mark, note, self._journal(partition.journal), after, written, removed)
+
+    def stand(self, prepared: Prepared) -> None:
+        """The commit went well."""
+        self.digest = self._digest_after(prepared.removed, prepared.written)
+        for bucket in prepared.removed:
+            del self.buckets[bucket.bits]
+        for bucket in prepared.written:
+            self.buckets[bucket.bits] = bucket
+        gone = {record.key for record in prepared.after if record.value is None}
+        self.journals = [(key, last) for key, last in self.journals if key not in gone]
+        self.stale = [key for key in self.stale if key not in gone]
+        for record in prepared.before:
+            if record.key:
+                self.journals.append((record.key, prepared.mark.offset - 1))
+
+    def _due(self, now_s: float) -> list[Bucket]:
+        """The dirty buckets whose turn it is, the oldest first."""
+        due = [b for b in self.buckets.values() if b.dirty and now_s - b.written_s >= self.interval_s]
+        due.sort(key=lambda bucket: bucket.written_s)
+        chosen, size = [], 0
+        for bucket in due:
+            chosen.append(bucket)
+            size += self._bytes(bucket)
+            if size > COMMIT_BYTES_MAX:
+                break
+        return chosen
+
+    def _bytes(self, bucket: Bucket) -> int:
+        return len(bucket.streams) * self.engine.arena.schema.row_bytes
+
+    def _at(self, bucket: Bucket, offset: int, now_s: float, split: bool) -> Bucket:
+        """The bucket once its snapshot at this offset is written. The next ones of those that split are spread out."""
+        early_s = bucket.phase * self.interval_s if split else 0.0
+        return replace(bucket, offset=offset, dirty=None, written_s=now_s - early_s)
+
+    def _fit(self, bucket: Bucket) -> Iterator[Bucket]:
+        """The bucket, or those that it must be split into."""
+        if len(bucket.streams) > 1 and self._bytes(bucket) > SNAPSHOT_BYTES and len(bucket.bits) < HASH_BITS - 1:
+            for half in bucket.halves():
+                yield from self._fit(half)
+        else:
+            yield bucket
+
+    def _digest_after(self, removed: Sequence[Bucket], written: Sequence[Bucket]) -> int:
+        digest = self.digest
+        for bucket in (*removed, *written):
+            if bucket.offset >= 0:
+                digest ^= digest_of(bucket.bits, bucket.offset)
+        return digest
+
+    def _after(self, start: Mark, removed: Sequence[Bucket], written: Sequence[Bucket]) -> list[Outgoing]:
+        """Snapshots, and tombstones for what they, or the passing of time, have made useless."""
+        kept = {bucket.bits for bucket in written}
+        useless = [self.key(b.bits) for b in removed if b.offset >= 0 and b.bits not in kept]
+        useless += [key for key, last in self.journals if last < start.offset]
+        snapshots = [self._record(self.key(bucket.bits), self._encode(bucket)) for bucket in written]
+        return snapshots + [self._record(key, None) for key in (*useless, *self.stale)]
+
+    def _journal(self, entries: Sequence[Entry]) -> list[Outgoing]:
+        """New entries of the journal, as records."""
+        parts = [entries[n : n + JOURNAL_ENTRIES_MAX] for n in range(0, len(entries), JOURNAL_ENTRIES_MAX)]
+        return [
+            self._record(self.key(f"journal/{part[0].offset}.{n}"), orjson.dumps([asdict(entry) for entry in part]))
+            for n, part in enumerate(parts)
+        ]
+
+    def _record(self, key: bytes, value: bytes | None) -> Outgoing:
+        return Outgoing(self.settings.state_topic, self.number, key, value)
+
+    def _encode(self, bucket: Bucket) -> bytes:
+        streams = sorted(bucket.streams)
+        held = self.engine.arena.streams(self.number)
+        rows = torch.tensor([held[stream] for stream in streams], dtype=torch.int64)
+        with self.engine.lock:
+            state = self.engine.arena.gather(rows)
+        described = {
+            "format": FORMAT,
+            "group": self.settings.group_id,
+            "topic": self.settings.observations_topic,
+            "partition": self.number,
+            "bucket": bucket.bits,
+            "model": self.engine.bundle.model_id,
+            "offset": bucket.offset,
+            "streams": json.dumps(streams),
+        }
+        return save(state, {name: str(value) for name, value in described.items()})
+
+
+def digest_of(bits: str, offset: int) -> int:
+    """A number for a snapshot; the digest of all is these, combined by exclusive or."""
+    return int.from_bytes(hashlib.blake2b(f"{bits}@{offset}".encode(), digest_size=8).digest())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot as it came from the topic."""
+
+    bits: str
+    offset: int
+    model: str
+    streams: Sequence[str]
+    rows: Rows
+
+    def part(self, bits: str) -> Snapshot:
+        """Only those streams whose hashes begin with `bits`."""
+        kept = [n for n, stream in enumerate(self.streams) if hash_bits(stream).startswith(bits)]
+        return replace(
+            self, bits=bits, streams=[self.streams[n] for n in kept], rows={k: t[kept] for k, t in self.rows.items()}
+        )
+
+
+def decode_snapshot(engine: Engine, number: int, bits: str, value: bytes) -> Snapshot:
+    """Raises LostStateError for what this engine cannot go on from."""
+    try:
+        rows = load(value)
+        told = _metadata(value)
+        streams = json.loads(told["streams"])
+        count = engine.arena.schema.check(rows)
+        snapshot = Snapshot(bits, int(told["offset"]), told["model"], streams, rows)
+        as_keyed = (told["format"], told["bucket"], told["partition"]) == (str(FORMAT), bits, str(number))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        topic = engine.settings.state_topic
+        raise LostStateError(f"bucket {bits!r} of partition {number} on {topic} does not fit: {reason}") from error
+    if not as_keyed or count != len(streams):
+        raise LostStateError(f"bucket {bits!r} of partition {number} on {engine.settings.state_topic} is another's")
+    return snapshot
+
+
+def _metadata(value: bytes) -> Mapping[str, Any]:
+    """What a safetensors file tells of itself: its head, which `load` leaves out."""
+    length = int.from_bytes(value[:8], "little")
+    return dict(json.loads(value[8 : 8 + length]).get("__metadata__") or {})
+
+
+def decode_journal(value: bytes) -> list[Entry]:
+    """Raises LostStateError if this is no journal."""
+    try:
+        return [Entry(one["offset"], Decided(one["decided"]), one["stream"]) for one in orjson.loads(value)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LostStateError(f"a record of the journal is damaged: {error}") from error
