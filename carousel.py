@@ -213,12 +213,20 @@ def bench(
         str | None,
         typer.Option(envvar="CAROUSEL_BOOTSTRAP_SERVERS", help="An existing Kafka instead of the embedded one."),
     ] = None,
+    restore: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: how long a worker takes to take up so many streams, 100000 say."),
+    ] = None,
 ) -> None:
     """Measure how fast the worker is, beside the limits of its parts; all in one run, as the machine's mood varies."""
-    from deploy.bench import BenchConfig, run
+    from deploy import bench, bench_restore
 
     quiet("kafka")
-    run(BenchConfig(streams, steps, threads, bootstrap_servers))
+    config = bench.BenchConfig(streams, steps, threads, bootstrap_servers)
+    if restore:
+        bench_restore.run(restore, config)
+    else:
+        bench.run(config)
 
 
 def command_of_settings() -> Any:

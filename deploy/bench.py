@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 import torch
@@ -36,7 +37,8 @@ from service.worker import Worker
 HOUR_MS = 3_600_000
 START_MS = 1_700_006_400_000
 PARTITIONS = 4
-WORKER = "carousel: Kafka to Kafka"
+WORKER = "carousel: Kafka to Kafka, exactly once"
+AT_LEAST_ONCE = "the same, at least once"
 ONE_BY_ONE = 500
 """Records of the run that takes a step a message: enough to tell its rate."""
 
@@ -64,8 +66,8 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Figure]:
     console = console or Console(highlight=False)
     torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory() as directory, console.status("starting Apache Kafka …") as status:
-        bundle = _bundle(Path(directory))
-        with _servers(config) as servers:
+        bundle = make_bundle(Path(directory))
+        with servers_of(config) as servers:
             figures = []
             for what, measure in _measurements(config, bundle, Path(directory), servers):
                 status.update(f"{what} …")
@@ -77,20 +79,17 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Figure]:
 def _measurements(
     config: BenchConfig, bundle: Bundle, directory: Path, servers: str
 ) -> list[tuple[str, Callable[[], float]]]:
-    records = _records(config)
+    records = make_records(config)
 
-    def settings() -> Settings:
-        """With topics of their own for each measurement."""
-        name = f"bench-{uuid.uuid4().hex[:8]}"
-        topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters", "state")}
-        own = {"model": directory, "bootstrap_servers": servers, "group_id": name, "partitions": PARTITIONS}
-        return Settings.load(own | topics | {"max_streams": config.streams})
+    def settings(**changed: Any) -> Settings:
+        return own_settings(servers, directory, max_streams=config.streams, **changed)
 
     values = [o.value or b"" for o in Engine(bundle, settings(), Metrics()).process(records[: config.streams])]
     return [
         ("limit: the model's step alone, all streams at once", lambda: _step(config, bundle)),
         ("limit: kafka-python alone, the same bytes in and out", lambda: _client(settings(), records, values)),
         (WORKER, lambda: _worker(bundle, settings(), records)),
+        (AT_LEAST_ONCE, lambda: _worker(bundle, settings(guarantee="at_least_once"), records)),
         ("engine alone: records in, records out, no Kafka", lambda: _engine_alone(bundle, settings(), records)),
         ("rival: a step a message, no Kafka", lambda: _one_by_one(bundle, settings(), records)),
     ]
@@ -108,14 +107,24 @@ def _title(config: BenchConfig) -> str:
     return f"{config.streams:,} streams x {config.steps} observations, LSTM 64 x 2, 24 x 9 quantiles, one process"
 
 
-def _bundle(directory: Path) -> Bundle:
+def own_settings(servers: str, model: Path, **changed: Any) -> Settings:
+    """Settings with topics and a group of their own."""
+    name = f"bench-{uuid.uuid4().hex[:8]}"
+    topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters", "state")}
+    own = {"model": model, "bootstrap_servers": servers, "group_id": name, "partitions": PARTITIONS}
+    return Settings.load(own | topics | changed)
+
+
+def make_bundle(directory: Path) -> Bundle:
+    """A model of the default size that was not trained: it is as fast."""
     torch.manual_seed(0)
     save_bundle(directory, Forecaster(ModelConfig(grid=Grid(HOUR_MS), season=24)), name="bench", training={}, scores={})
     return load_bundle(directory)
 
 
 @contextmanager
-def _servers(config: BenchConfig) -> Iterator[str]:
+def servers_of(config: BenchConfig) -> Iterator[str]:
+    """The Kafka to measure with."""
     if config.bootstrap_servers:
         yield config.bootstrap_servers
     else:
@@ -123,7 +132,7 @@ def _servers(config: BenchConfig) -> Iterator[str]:
             yield broker.bootstrap_servers
 
 
-def _records(config: BenchConfig) -> list[Record]:
+def make_records(config: BenchConfig) -> list[Record]:
     """The load in the order of time."""
     return [
         Record(
@@ -156,7 +165,7 @@ def _step(config: BenchConfig, bundle: Bundle) -> float:
 
 def _client(settings: Settings, records: list[Record], values: list[bytes]) -> float:
     """Consume the observations, produce records as large as the forecasts: no more than the client must do."""
-    _load(settings, records)
+    load(settings, records)
     servers = settings.bootstrap_servers
     consumer = KafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest", max_poll_records=5_000)
     consumer.assign([TopicPartition(settings.observations_topic, p) for p in range(PARTITIONS)])
@@ -192,7 +201,7 @@ def _worker(bundle: Bundle, settings: Settings, records: list[Record]) -> float:
     while not worker.ready:  # joining the group is no part of the figure, nor is loading the topic
         worker.turn()
     transport.pause(range(PARTITIONS))
-    _load(settings, records)
+    load(settings, records)
     transport.resume(range(PARTITIONS))
 
     def through() -> None:
@@ -215,7 +224,7 @@ def _one_by_one(bundle: Bundle, settings: Settings, records: list[Record]) -> fl
     return _rate(ONE_BY_ONE, lambda: [engine.process([record]) for record in records[:ONE_BY_ONE]])
 
 
-def _load(settings: Settings, records: list[Record]) -> None:
+def load(settings: Settings, records: list[Record]) -> None:
     """Put the observations into a topic of their own."""
     prepare_topics(settings, {"bootstrap_servers": settings.bootstrap_servers})
     producer = KafkaProducer(bootstrap_servers=settings.bootstrap_servers, linger_ms=5, batch_size=262_144)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.features import fill_from_season, forgetting_sum
+from model.network import Forecast
 from model.quantiles import median_index, pinball
 from model.state import Rows, TensorSpec
 
@@ -64,16 +66,21 @@ def covered(forecast: Tensor, truth: Tensor) -> Tensor:
     return (forecast[..., 0] <= truth) & (truth <= forecast[..., -1])
 
 
-def next_quantiles(state: Rows) -> Tensor:
-    """What stands forecast for the next step of B streams, [B, Q] float64."""
-    return state["base"][:, :1] + state["scale"][:, None] * state["offsets"][:, 0]
+def open_forecasts(state: Rows, forecast: Forecast) -> Tensor:
+    """What had been forecast for each of the T steps of `forecast`, one step before it; `state` is that before the
+    first. -> [B, T, Q] float64.
+    """
+    first = state["base"][:, :1] + state["scale"][:, None] * state["offsets"][:, 0]
+    base, scale = forecast.base[:, :-1, :1], forecast.scale[:, :-1, None]
+    return torch.cat((first[:, None], base + scale * forecast.offsets[:, :-1, 0]), dim=1)
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What B observations said of the forecasts that waited for them.
+    """What the values of T steps of B streams said of the forecasts that waited for them.
 
-    rows: the scores after it. scored [B] bool: whose forecast counted; hit [B] bool: whose interval held its truth.
+    rows: the scores after them. scored [B, T] bool: whose forecast counted; hit [B, T] bool: whose interval held its
+    truth.
     """
 
     rows: Rows
@@ -92,19 +99,23 @@ class LiveScores:
             for name in ("scored", "pinball", "absolute_error", "naive_error", "hits")
         )
 
-    def settle(self, state: Rows, values: Tensor) -> Settled:
-        """Score the open forecasts of B streams with the values [B] that came; not of streams that still warm up."""
-        forecast = next_quantiles(state)
-        naive = state["values"][:, -self.config.season]
-        scored = (state["steps"] >= self.config.warmup) & ~values.isnan() & ~naive.isnan()
-        hit = scored & covered(forecast, values)
+    def settle(self, state: Rows, values: Tensor, opened: Tensor) -> Settled:
+        """Score what had been forecast for T steps, `opened` [B, T, Q], with their values [B, T], NaN where missing;
+        not of streams that still warm up. `state` is that before the first step.
+        """
+        season, steps = self.config.season, values.shape[1]
+        filled = torch.cat((state["values"], fill_from_season(state["values"], values, season)), dim=1)
+        naive = filled[:, -season - steps : -season]
+        before = state["steps"][:, None] + torch.arange(steps)
+        scored = (before >= self.config.warmup) & ~values.isnan() & ~naive.isnan()
+        hit = scored & covered(opened, values)
         keep = 1 - scored.double() / FORGET_STEPS
         now = {
             "scored": torch.ones_like(values),
-            "pinball": 2 * pinball(forecast, values, self.quantiles).mean(-1),
-            "absolute_error": (values - forecast[:, middle(self.config)]).abs(),
+            "pinball": 2 * pinball(opened, values, self.quantiles).mean(-1),
+            "absolute_error": (values - opened[..., middle(self.config)]).abs(),
             "naive_error": (values - naive).abs(),
             "hits": hit.double(),
         }
-        rows = {name: state[name] * keep + torch.where(scored, now[name], 0.0) for name in now}
+        rows = {name: forgetting_sum(state[name], torch.where(scored, now[name], 0.0), keep)[:, -1] for name in now}
         return Settled(rows, scored, hit)

@@ -20,10 +20,11 @@ from model.bundle import Bundle
 from model.features import Block
 from model.grid import HOLE, Int64s
 from model.network import Forecast
-from model.scoring import LiveScores
+from model.scoring import LiveScores, open_forecasts
 from model.state import Rows, Schema
 from service import grid
 from service.arena import Arena
+from service.bursts import Run, pieces, runs
 from service.errors import Reason, Rejected, ServiceError
 from service.history import History
 from service.metrics import BatchHistogram, Metrics
@@ -46,6 +47,8 @@ FORECAST_NUMBERS_MAX = 40_000
 """Of up to 25 bytes each as JSON; Kafka takes records of 1 MiB by default."""
 BRIDGE_CELLS = 1 << 16
 """Rows times steps of one batched step over a gap: bounds its memory."""
+BURST_CELLS = 1 << 13
+"""The same of a burst, whose forecasts are needed at every step."""
 
 
 class Engine:
@@ -121,9 +124,9 @@ class Engine:
         partition = self.partition(number)
         with self.lock:
             moves = list(self._retake(partition, records, covered))
-        for wave in waves(moves, self.settings.max_wave_rows):
+        for together in runs(moves):
             with self.lock:
-                self._advance(wave, self._uncounted)
+                self._burst(together)
         with self.lock:
             partition.settle()
             self.arena.commit()
@@ -274,6 +277,54 @@ class Engine:
             at[some] += size
             size >>= 1
 
+    def _burst(self, together: Sequence[Sequence[Move]]) -> None:
+        """Move rows through all their moves, T > 1 steps at a time; nobody asks for the forecasts between."""
+        rows = np.array([moves[0].row for moves in together], dtype=np.int64)
+        self._restart(rows[[moves[0].afresh for moves in together]], self._uncounted)
+        slots = self.arena.column("slot")[rows].tolist()
+        taken = [
+            Run(moves, None if slot == grid.NO_SLOT else slot) for moves, slot in zip(together, slots, strict=True)
+        ]
+        at = np.zeros(len(taken), dtype=np.int64)
+        for some, size in pieces(np.array([run.steps for run in taken], dtype=np.int64), BURST_CELLS):
+            self._burst_block(rows[some], [taken[n] for n in some], at[some], size)
+            at[some] += size
+        index, last = torch.from_numpy(rows), [run.last for run in taken]
+        counts = self.arena.gather(index)["count"] + torch.tensor([len(run.moves) for run in taken])
+        self.arena.scatter(index, {**self._placed(last), "count": counts})
+
+    def _burst_block(self, rows: Int64s, taken: Sequence[Run], at: Int64s, size: int) -> None:
+        """Move each row through the next `size` steps of its run, from step `at` on."""
+        values = np.full((len(rows), size), np.nan)
+        covariates = np.full((len(rows), size, len(self.config.covariates)), np.nan)
+        seen_ms = np.zeros((len(rows), size), dtype=np.int64)
+        seen = np.zeros((len(rows), size), dtype=np.bool_)
+        for n, run in enumerate(taken):
+            where, moves = run.window(int(at[n]), int(at[n]) + size)
+            values[n, where] = [move.observation.value for move in moves]
+            seen_ms[n, where] = [move.observation.ts_ms for move in moves]
+            seen[n, where] = True
+            if self.config.covariates and moves:
+                covariates[n, where] = [move.observation.covariates for move in moves]
+        slots = (np.array([run.first_slot for run in taken]) + at)[:, None] + np.arange(size)
+        index = torch.from_numpy(rows)
+        state = self.arena.gather(index)
+        block = self._block(values, grid.times_of(self.config, slots, seen_ms), covariates)
+        forecast, after = self.forecaster.advance(state, block)
+        opened = open_forecasts(state, forecast)
+        after |= self.scores.settle(state, block.values, opened).rows
+        after |= self.history.append(state, block.values, torch.from_numpy(seen_ms), torch.from_numpy(seen), opened)
+        self.arena.scatter(index, after)
+
+    def _placed(self, moves: Sequence[Move]) -> Rows:
+        """The rows that tell of streams when, and where among the others, they were last heard."""
+        return {
+            "slot": torch.tensor([move.slot for move in moves]),
+            "ts_ms": torch.tensor([move.observation.ts_ms for move in moves]),
+            "offset": torch.tensor([move.observation.record.offset for move in moves]),
+            "heard_ms": torch.tensor([move.heard_ms for move in moves]),
+        }
+
     def _block(
         self, values: NDArray[np.float64], ts_ms: Int64s, covariates: NDArray[np.float64] | None = None
     ) -> Block:
@@ -287,20 +338,14 @@ class Engine:
         observed = np.array([move.observation.value for move in wave], dtype=np.float64)
         seen_ms = np.array([move.observation.ts_ms for move in wave], dtype=np.int64)
         covariates = np.array([move.observation.covariates for move in wave], dtype=np.float64)
-        values, ts_ms = torch.from_numpy(observed), torch.from_numpy(seen_ms)
-        settled = self.scores.settle(state, values)
         times = grid.times_of(self.config, slot, seen_ms)
         block = self._block(observed[:, None], times[:, None], covariates.reshape(len(wave), 1, -1))
         with timed(counted.step_seconds):
-            _, after = self.forecaster.advance(state, block)
-        after |= settled.rows | self.history.append(state, values, ts_ms)
-        after |= {
-            "slot": torch.from_numpy(slot),
-            "ts_ms": ts_ms,
-            "count": state["count"] + 1,
-            "offset": torch.tensor([move.observation.record.offset for move in wave]),
-            "heard_ms": torch.tensor([move.heard_ms for move in wave]),
-        }
+            forecast, after = self.forecaster.advance(state, block)
+        opened, seen = open_forecasts(state, forecast), torch.ones_like(block.ts_ms, dtype=torch.bool)
+        settled = self.scores.settle(state, block.values, opened)
+        after |= settled.rows | {**self._placed(wave), "count": state["count"] + 1}
+        after |= self.history.append(state, block.values, torch.from_numpy(seen_ms)[:, None], seen, opened)
         self.arena.scatter(index, after)
         missing = int(np.isnan(observed).sum())
         counted.observations["missing"].inc(missing)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.scoring import middle, next_quantiles
+from model.scoring import middle
 from model.state import Rows, TensorSpec
 from service.grid import NO_SLOT
 
@@ -27,16 +27,19 @@ class History:
             TensorSpec("history_forecast", (steps, len(self.kept)), torch.float64, torch.nan),
         )
 
-    def append(self, state: Rows, values: Tensor, ts_ms: Tensor) -> Rows:
-        """The rows of this part after B observations: values, ts_ms [B]. `state` is the one before them."""
-        open_forecast = next_quantiles(state)[:, self.kept]
-        open_forecast[state["steps"] == 0] = torch.nan  # a stream's first observation was forecast by nobody
-        return {
-            "history_ts_ms": _push(state["history_ts_ms"], ts_ms),
-            "history_value": _push(state["history_value"], values),
-            "history_forecast": _push(state["history_forecast"], open_forecast),
-        }
-
-
-def _push(register: Tensor, newest: Tensor) -> Tensor:
-    return torch.cat((register, newest[:, None]), dim=1)[:, 1:]
+    def append(self, state: Rows, values: Tensor, ts_ms: Tensor, seen: Tensor, opened: Tensor) -> Rows:
+        """The rows of this part after T steps of B streams: values, ts_ms [B, T], and what had been forecast for them,
+        `opened` [B, T, Q]. seen [B, T]: which steps have an observation. `state` is that before the first step.
+        """
+        forecast = opened[..., self.kept]
+        before = state["steps"][:, None] + torch.arange(values.shape[1])
+        forecast[before == 0] = torch.nan  # a stream's first observation was forecast by nobody
+        new = {"history_ts_ms": ts_ms, "history_value": values, "history_forecast": forecast}
+        both = {name: torch.cat((state[name], some), dim=1) for name, some in new.items()}
+        if seen.all():
+            return {name: some[:, values.shape[1] :] for name, some in both.items()}
+        # The last ones of old and new together, passing over steps without an observation.
+        is_there = torch.cat((torch.ones_like(state["history_ts_ms"], dtype=torch.bool), seen), dim=1)
+        last = is_there.int().argsort(dim=1, stable=True)[:, is_there.shape[1] - self.steps :]
+        rows = torch.arange(len(values))[:, None]
+        return {name: some[rows, last] for name, some in both.items()}

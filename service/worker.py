@@ -96,6 +96,11 @@ class Worker:
         """The partitions whose streams are followed here, as of their last commit."""
         return frozenset(self._keepers)
 
+    @property
+    def unsaved(self) -> int:
+        """Buckets that have changed since their snapshots were written."""
+        return sum(bucket.dirty is not None for keeper in self._keepers.values() for bucket in keeper.buckets.values())
+
     def stop(self) -> None:
         """Finish the batch at hand, deliver, commit, leave the group."""
         self._stopping.set()
@@ -203,6 +208,7 @@ class Worker:
                 self._unnoted.add(partition)
             self.metrics.restore_seconds.observe(self._clock_s() - began_s)
             self.transport.start(partition, restore.offset)
+            self._watched_at = -WATCH_EVERY_S  # whoever waits for it need not wait longer
         else:
             self._restores[partition] = restore, steps, began_s
         self.metrics.restoring.set(len(self._restores))

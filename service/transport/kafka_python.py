@@ -13,8 +13,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import OffsetSpec
@@ -32,6 +32,7 @@ from kafka.errors import (
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
     ProducerFencedError,
+    UnknownError,
 )
 from kafka.record.default_records import DefaultRecordBatch
 from kafka.structs import MemberState, OffsetAndMetadata
@@ -171,9 +172,11 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             # And a join that ended between two polls is not heard of, but begun again, by the whole group (trap 11).
             if coordinator._join_task and coordinator._join_task.is_done:
                 coordinator._join_task = _Ended(coordinator._join_task)
-        with self._answered("polling"):
+        with self._answered(f"polling {self.topic}"):
             polled = self._consumer.poll(timeout_ms, max_records=max_records)
         self._check_settled()
+        if not self.partitions:  # trap 8, before it has us
+            raise DisconnectedError(f"topic {self.topic} is gone")
         with self._noted:
             assigned, self._assigned = frozenset(self._assigned), set()
             revoked, self._revoked = frozenset(self._revoked), set()
@@ -227,30 +230,46 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             raise DisconnectedError(f"Kafka aborted a transaction that took too long: {line(error)}") from error
 
     def _deliver(self, outgoing: Sequence[Outgoing], timeout_s: float) -> None:
-        futures = []
+        sent: list[tuple[Outgoing, Any]] = []
+        refused: tuple[Outgoing, KafkaError] | None = None
         for o in outgoing:
-            with self._accepted(o):
-                futures.append(
-                    self._producer.send(o.topic, o.value, key=o.key, partition=o.partition, headers=list(o.headers))
+            try:
+                future = self._producer.send(
+                    o.topic, o.value, key=o.key, partition=o.partition, headers=list(o.headers)
                 )
-        self._producer.flush(timeout=timeout_s)
-        for o, future in zip(outgoing, futures, strict=True):
-            with self._accepted(o):
-                future.get(timeout=0)  # neither flush() nor a commit says that a record failed
+            except KafkaError as error:  # for its own sake, or because one before it failed
+                refused = o, error
+                break
+            sent.append((o, future))
+        self._flush([future for _, future in sent], outgoing, timeout_s)
+        # Neither flush() nor a commit says that a record failed. Of those that did, the largest is to blame: the others
+        # fail with it.
+        failed = [(o, future.exception) for o, future in sent if not future.succeeded()]
+        if failed:
+            self._blame(*max(failed, key=lambda one: len(one[0].value or b"")))
+        if refused:
+            self._blame(*refused)
 
-    @contextmanager
-    def _accepted(self, outgoing: Outgoing) -> Iterator[None]:
-        try:
-            yield
-        except (ProducerFencedError, InvalidProducerEpochError):
-            raise
-        except KafkaError as error:
-            if getattr(error, "retriable", False):
-                raise
-            size = len(outgoing.value or b"")
-            raise ServiceError(
-                f"Kafka does not take a record of {size} bytes for {outgoing.topic}: {line(error)}"
-            ) from error
+    def _flush(self, futures: Sequence[Any], outgoing: Sequence[Outgoing], timeout_s: float) -> None:
+        until_s = time.monotonic() + timeout_s
+        while not all(future.is_done for future in futures):
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                topics = ", ".join(sorted({o.topic for o in outgoing}))
+                raise DisconnectedError(f"records for {topics} could not be delivered within {timeout_s:g} s")
+            # Trap 14: it fails where a batch was too large for its topic, and is split, and goes on in two.
+            with suppress(KafkaTimeoutError, UnknownError):
+                self._producer.flush(timeout=left_s)
+
+    def _blame(self, outgoing: Outgoing, error: KafkaError) -> NoReturn:
+        """Raise what it means that a record failed."""
+        cause = next((part for part in error.args if isinstance(part, KafkaError)), error)
+        if isinstance(cause, (ProducerFencedError, InvalidProducerEpochError)) or getattr(cause, "retriable", False):
+            raise cause
+        size = len(outgoing.value or b"")
+        raise ServiceError(
+            f"Kafka does not take a record of {size} bytes for {outgoing.topic}: {line(cause)}"
+        ) from error
 
     def _offsets(self, offsets: Mapping[int, Offset]) -> dict[TopicPartition, OffsetAndMetadata]:
         return {TopicPartition(self.topic, p): OffsetAndMetadata(o.offset, o.note, -1) for p, o in offsets.items()}
@@ -261,6 +280,8 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
                 TopicPartition(self.topic, partition), metadata=True, timeout_ms=ANSWER_TIMEOUT_MS // 2
             )
         except KafkaTimeoutError as error:
+            # Else the answer, when it comes, is kept, and given whenever this is asked again (trap 13).
+            self._consumer._coordinator._offset_fetch_futures.clear()
             raise TimeoutError from error
         except KafkaError as error:
             raise DisconnectedError(line(error)) from error
@@ -335,6 +356,10 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
                 limit = {"timeout_ms": CLOSE_TIMEOUT_S * 1000}
             with self._watchdog.over("hanging up"):
                 try:
+                    if isinstance(client, KafkaProducer):
+                        # What it still holds is of a commit that failed. close() by itself waits for that, and where it
+                        # cannot be delivered gives up, and leaves a thread that delivers it later (trap 12).
+                        client._sender.force_close()
                     client.close(**limit)
                 except Exception as error:  # whatever it was, this session is over
                     log.debug("while hanging up: %s", line(error))
@@ -350,7 +375,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         except FencedInstanceIdError as error:
             raise taken(self.settings) from error
         except CorruptRecordError as error:
-            raise ServiceError(f"{self.topic} holds a damaged batch that cannot be read: {line(error)}") from error
+            raise ServiceError(f"{what}: a damaged batch cannot be read: {line(error)}") from error
         except (NoOffsetForPartitionError, OffsetOutOfRangeError, LogTruncationError) as error:
             raise LostStateError(f"input of {self.topic} that is still needed is gone: {line(error)}") from error
         except (KafkaConnectionError, KafkaTimeoutError) as error:
@@ -368,7 +393,8 @@ def taken(settings: Settings) -> ServiceError:
 
 
 def record_of(r: Any) -> Record:
-    return Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, r.headers)
+    headers = [(str(name), value) for name, value in r.headers]  # str: no _Name goes on from here
+    return Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, headers)
 
 
 def line(error: Exception) -> str:
@@ -427,7 +453,16 @@ class _Lenient(bytearray):
         return _Lenient(part) if isinstance(index, slice) else part
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:  # noqa: ARG002
-        return super().decode(encoding, "surrogateescape")
+        return _Name(super().decode(encoding, "surrogateescape"))
+
+
+class _Name(str):
+    """What such bytes were decoded to: they can be had again, as kafka-python does to know their number."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:  # noqa: ARG002
+        return super().encode(encoding, "surrogateescape")
 
 
 def _read_message(batch: Any, read_message: Any = DefaultRecordBatch._read_msg) -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from model.config import ModelConfig
-from model.scoring import FORGET_STEPS, LiveScores, Scores, covered, middle, score
+from model.network import Forecast
+from model.scoring import FORGET_STEPS, LiveScores, Scores, Settled, covered, middle, open_forecasts, score
 from model.state import Rows
-from tests.model import block_of, random_forecaster
+from tests.model import block_of, part_of, random_forecaster
 
 NAN = math.nan
 THREE = ModelConfig(quantiles=(0.1, 0.5, 0.9))
@@ -73,6 +75,17 @@ def test_the_middle_is_the_quantile_nearest_the_median(quantiles: tuple[float, .
 LIVE = ModelConfig(season=3, horizon=4, quantiles=(0.2, 0.5, 0.9), hidden_size=8)
 
 
+def settle(state: Rows, values: list[float]) -> Settled:
+    """Settle what stands open in `state` with one value a stream."""
+    nothing = Forecast(
+        torch.zeros(len(values), 1, LIVE.horizon),
+        torch.ones(len(values), 1),
+        torch.zeros(len(values), 1, LIVE.horizon, 3),
+    )
+    column = torch.tensor(values).double()[:, None]
+    return LiveScores(LIVE).settle(state, column, open_forecasts(state, nothing))
+
+
 def zero_scores(streams: int) -> Rows:
     return {spec.name: torch.zeros(streams, *spec.shape, dtype=spec.dtype) for spec in LiveScores(LIVE).schema}
 
@@ -86,18 +99,19 @@ def test_live_scores_are_the_loop_they_stand_for() -> None:
     forecaster, live = random_forecaster(LIVE), LiveScores(LIVE)
     state = forecaster.initial_state(3) | zero_scores(3)
     sums = [dict.fromkeys(("scored", "pinball", "absolute_error", "naive_error", "hits"), 0.0) for _ in range(3)]
-    open_forecasts = [[NAN] * 3 for _ in range(3)]
+    waits = [[NAN] * 3 for _ in range(3)]
     filled: list[list[float]] = [[NAN] * LIVE.season for _ in range(3)]
     ever_scored = 0
     for step in range(series.shape[1]):
-        values = torch.from_numpy(series[:, step])
-        settled = live.settle(state, values)
+        values = torch.from_numpy(series[:, [step]])
+        forecast, after = forecaster.advance(state, block_of(values))
+        settled = live.settle(state, values, open_forecasts(state, forecast))
         for stream, value in enumerate(series[:, step].tolist()):
-            low, median, high = open_forecasts[stream]
+            low, median, high = waits[stream]
             naive = filled[stream][-LIVE.season]
             counts = step >= LIVE.warmup and not math.isnan(value) and not math.isnan(naive)
-            assert settled.scored[stream].item() == counts
-            assert settled.hit[stream].item() == (counts and low <= value <= high)
+            assert settled.scored[stream, 0].item() == counts
+            assert settled.hit[stream, 0].item() == (counts and low <= value <= high)
             if counts:
                 ever_scored += 1
                 now = {
@@ -117,10 +131,32 @@ def test_live_scores_are_the_loop_they_stand_for() -> None:
             for name, total in sums[stream].items():
                 assert settled.rows[name][stream].item() == pytest.approx(total, rel=1e-9, abs=1e-12), name
             filled[stream].append(naive if math.isnan(value) else value)
-        forecast, after = forecaster.advance(state, block_of(values[:, None]))
         state = after | settled.rows
-        open_forecasts = forecast.values[:, 0, 0].tolist()
+        waits = forecast.values[:, 0, 0].tolist()
     assert ever_scored > 100
+
+
+@pytest.mark.parametrize(("seed", "cut"), [(0, 1), (1, 20), (2, 40), (3, 79)])
+def test_many_steps_are_scored_at_once_as_one_by_one(seed: int, cut: int) -> None:
+    random = np.random.default_rng(seed)
+    series = random.normal(10, 2, size=(3, 80))
+    series[random.random(series.shape) < 0.2] = NAN
+    forecaster, live = random_forecaster(LIVE), LiveScores(LIVE)
+
+    whole = block_of(torch.from_numpy(series))
+
+    def scored(cuts: list[int]) -> Rows:
+        state = forecaster.initial_state(3) | zero_scores(3)
+        for start, stop in pairwise([0, *cuts, 80]):
+            block = part_of(whole, start, stop)
+            forecast, after = forecaster.advance(state, block)
+            state = after | live.settle(state, block.values, open_forecasts(state, forecast)).rows
+        return state
+
+    at_once, one_by_one = scored([cut]), scored(list(range(1, 80)))
+    assert one_by_one["scored"].min() > 10
+    for name in zero_scores(1):
+        torch.testing.assert_close(at_once[name], one_by_one[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 def waiting(steps: list[int]) -> Rows:
@@ -137,26 +173,26 @@ def waiting(steps: list[int]) -> Rows:
 
 def test_an_observation_settles_the_forecast_that_waits_for_it() -> None:
     state = waiting([LIVE.warmup, LIVE.warmup])
-    settled = LiveScores(LIVE).settle(state, torch.tensor([6.0, 10.0]).double())
-    assert settled.scored.tolist() == [True, True]
-    assert settled.hit.tolist() == [True, False]
-    assert settled.rows["hits"].tolist() == [1.0, 0.0]
-    assert settled.rows["absolute_error"].tolist() == [1.0, 5.0]
+    settled = settle(state, [6.0, 10.0])
+    assert settled.scored.tolist() == [[True], [True]]
+    assert settled.hit.tolist() == [[True], [False]]
+    assert settled.rows["hits"].tolist() == pytest.approx([1.0, 0.0])
+    assert settled.rows["absolute_error"].tolist() == pytest.approx([1.0, 5.0])
     naive = state["values"][0, -3].item()
-    assert settled.rows["naive_error"].tolist() == [6 - naive, 10 - naive]
+    assert settled.rows["naive_error"].tolist() == pytest.approx([6 - naive, 10 - naive])
     assert settled.rows["pinball"][0].item() == pytest.approx(2 * (0.2 * 2 + 0.5 * 1 + 0.1 * 3) / 3)
 
 
 def test_a_missing_value_settles_nothing() -> None:
     state = waiting([100])
     state |= {name: torch.full_like(rows, 3.0) for name, rows in zero_scores(1).items()}
-    settled = LiveScores(LIVE).settle(state, torch.tensor([NAN]).double())
+    settled = settle(state, [NAN])
     assert not settled.scored.any()
     assert not settled.hit.any()
     assert all(rows.tolist() == [3.0] for rows in settled.rows.values())
 
 
 def test_a_stream_that_warms_up_is_not_scored() -> None:
-    settled = LiveScores(LIVE).settle(waiting([0, LIVE.warmup - 1, LIVE.warmup]), torch.full((3,), 5.0).double())
-    assert settled.scored.tolist() == [False, False, True]
-    assert settled.rows["scored"].tolist() == [0.0, 0.0, 1.0]
+    settled = settle(waiting([0, LIVE.warmup - 1, LIVE.warmup]), [5.0] * 3)
+    assert settled.scored.tolist() == [[False], [False], [True]]
+    assert settled.rows["scored"].tolist() == pytest.approx([0.0, 0.0, 1.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -261,3 +262,33 @@ def test_live_scores_tell_how_good_the_open_forecasts_were(bundle: Bundle) -> No
     assert state["scored"] == pytest.approx(weights.sum())
     assert state["absolute_error"] == pytest.approx(np.dot(weights, errors), rel=1e-4)
     assert state["naive_error"] == pytest.approx(np.dot(weights, naive), rel=1e-9)
+
+
+def numbered(records: list[Record]) -> list[Record]:
+    return [dataclasses.replace(r, offset=offset) for offset, r in enumerate(records)]
+
+
+@pytest.mark.parametrize("clock", [True, False])
+def test_a_replay_many_steps_at_a_time_leads_to_the_states_of_the_first_time(tmp_path: Path, clock: bool) -> None:
+    bundle = load_bundle(random_bundle(tmp_path, covariates=("wind",), max_gap=50, **({} if clock else {"grid": None})))
+    random, records = np.random.default_rng(5), []
+    for n in range(8):
+        for hour, value in some_series(n).items():
+            body = {"ts": START_MS + hour * HOUR_MS, "value": value, "covariates": {"wind": float(random.normal())}}
+            records.append(dataclasses.replace(record(f"s{n}", 0, 0.0), value=json.dumps(body).encode()))
+    records += hourly("s3", dict.fromkeys(range(200, 500), 2.0)) + hourly("s3", {600: 1.0, 601: None, 605: 2.0})
+    records = numbered(records)
+    first, second = engine_of(bundle, max_poll_records=7), engine_of(bundle)
+    for n in range(0, len(records), 7):
+        first.process(records[n : n + 7])
+        first.commit({0: n + 7})
+    second.partition(0).replay([])
+    for some in (records[:90], records[90:]):
+        second.replay(0, some, lambda _stream: -1)
+    rows = [torch.tensor(list(engine.arena.streams(0).values())) for engine in (first, second)]
+    one, other = (engine.arena.gather(index) for engine, index in zip((first, second), rows, strict=True))
+    assert list(first.arena.streams(0)) == list(second.arena.streams(0))
+    for name, tensor in one.items():
+        torch.testing.assert_close(
+            tensor.double(), other[name].double(), rtol=1e-3, atol=1e-3, equal_nan=True, msg=name
+        )
