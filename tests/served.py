@@ -57,6 +57,7 @@ class Served:
     servers: str
     settings: Mapping[str, Any]
     log_file: Path
+    program: Sequence[str] = (sys.executable, "-m", "carousel")
     process: subprocess.Popen[bytes] = field(init=False)
     url: str = field(init=False)
 
@@ -77,7 +78,7 @@ class Served:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.settings.items()]
         with self.log_file.open("ab") as log:
             since = log.tell()
-            self.process = subprocess.Popen([sys.executable, "-m", "carousel", "serve", *flags], stdout=log, stderr=log)
+            self.process = subprocess.Popen([*self.program, "serve", *flags], stdout=log, stderr=log)
         self.url = until("the URL in the log", lambda: self._said(since))
         if wait:
             until("readiness", self.ready)

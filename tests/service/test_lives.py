@@ -43,7 +43,7 @@ def records(random: Random, count: int, streams: int) -> list[Outgoing]:
         stream = f"s{random.randrange(1 + streams * (n + 1) // count)}".encode()
         hour = n // 4 + random.choice([0] * 8 + [-1, 2, 40])
         value: bytes | None = json.dumps({"ts": START_MS + hour * HOUR_MS, "value": random.gauss(5, 2)}).encode()
-        if random.random() < 0.02:
+        if random.random() < 0.06:
             value = None
         elif random.random() < 0.03:
             value = random.choice([b"garbage", b"{}", b'{"value": NaN}'])
