@@ -1,6 +1,6 @@
-"""What the worker needs of Kafka, and no more: poll, commit, pause, lag.
+"""What the worker needs of Kafka, and no more: poll, commit, pause, lag; and who else is in its group.
 
-A transport belongs to one thread. It never raises out of `poll` for a record's sake.
+A transport belongs to one thread. It never raises out of `poll` for a record's sake. A group may be asked from any.
 """
 
 from __future__ import annotations
@@ -48,3 +48,27 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Leave the group and hang up, in bounded time."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """The group as Kafka describes it. partitions: how many the observations topic has; owners: by partition, the URL
+    of the worker that has it, where there is one; stable: whether partitions are not just being shared out anew.
+    """
+
+    partitions: int
+    owners: Mapping[int, str]
+    stable: bool
+
+
+class Group(Protocol):
+    """All workers of the group, as Kafka knows them."""
+
+    def describe(self) -> Described | None:
+        """As it is now; None where Kafka does not say within two seconds."""
+
+    def candidates(self, key: bytes, partitions: int) -> tuple[int, ...]:
+        """Where producers' own partitioners put a key, the most common one first, each partition once."""
+
+    def close(self) -> None:
+        """Hang up, in bounded time."""
