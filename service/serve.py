@@ -14,8 +14,10 @@ from service.api import create_app
 from service.engine import Engine
 from service.events import EventHub
 from service.metrics import Metrics
+from service.owners import Owners
 from service.server import HttpServer
 from service.settings import Settings
+from service.transport.group import KafkaPythonGroup
 from service.transport.kafka_python import KafkaPython
 from service.worker import Worker
 
@@ -34,9 +36,11 @@ def serve(settings: Settings) -> None:
     metrics.model.info({"model": bundle.model_id})
     engine = Engine(bundle, settings, metrics)
     server = HttpServer(settings)
+    url = settings.advertised_url or server.url
     log.info("serving %s: %s", bundle.model_id, server.url)
+    owners: Owners | None = None
     try:
-        transport = KafkaPython(settings, client_id=server.url)
+        transport = KafkaPython(settings, client_id=url)  # by it the other workers find this one
         hub = EventHub(settings.forecasts_topic, metrics)
         worker = Worker(engine, transport, settings, metrics, hub.publish)
 
@@ -46,10 +50,13 @@ def serve(settings: Settings) -> None:
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-        server.start(create_app(engine, worker, settings, metrics, hub), on_stop=hub.close)
+        owners = Owners(engine, worker, KafkaPythonGroup(settings), url, metrics)
+        server.start(create_app(engine, worker, settings, metrics, hub, owners), on_stop=hub.close)
         worker.run()
     finally:
         server.stop()
+        if owners:
+            owners.close()
 
 
 def version_installed() -> str:

@@ -24,7 +24,7 @@ STALLED_S = 180.0
 
 
 class Worker:
-    """One member of the consumer group. `run` on one thread; `stop`, `ready` and `alive` may be used from any."""
+    """One member of the consumer group. `run` on one thread; `stop` and the properties may be used from any."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Worker:
         self.engine, self.transport, self.settings, self.metrics = engine, transport, settings, metrics
         self._publish, self._now_s = publish, now_s
         self._stopping = threading.Event()
-        self._partitions: set[int] = set()
+        self._partitions: frozenset[int] = frozenset()
         self._consumed = metrics.consumed.labels(settings.observations_topic)
         self._turned_at = time.monotonic()
         self._lag_at = 0.0
@@ -50,6 +50,11 @@ class Worker:
     def ready(self) -> bool:
         """Whether Kafka answers and this worker is a settled member of its group."""
         return self._ready and not self._stopping.is_set()
+
+    @property
+    def live(self) -> frozenset[int]:
+        """The partitions whose streams this worker answers for."""
+        return self._partitions
 
     @property
     def alive(self) -> bool:
@@ -67,6 +72,7 @@ class Worker:
                 self.turn()
         finally:
             self.metrics.ready.set(0)
+            self._partitions = frozenset()
             self.transport.close()
             log.info("left the group %s", self.settings.group_id)
 
@@ -87,8 +93,8 @@ class Worker:
 
     def _rebalanced(self, revoked: frozenset[int], assigned: frozenset[int]) -> None:
         if revoked:
+            self._partitions -= revoked  # first: streams of a live partition that are not there were never heard
             self.engine.forget_partitions(revoked)
-            self._partitions -= revoked
             for partition in revoked:
                 self.metrics.lag.remove(self.settings.observations_topic, str(partition))
         self._partitions |= assigned
