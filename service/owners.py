@@ -40,13 +40,13 @@ PASSED_BACK = ("content-type", "retry-after")
 
 FRESH_S = 1.0
 """Age at which what is known of the group is asked for anew."""
-ALONE_FRESH_S = 60.0
+ALONE_FRESH_S = 10.0
 """The same for a worker that has all partitions: only one that is added could surprise it."""
 AWAY_S = 5.0
 """Time for which Kafka is left alone after it did not answer."""
 CONNECT_S = 1.0
-WHOLE_S = 5.0
-"""Time in which all others that a request needs must have answered."""
+WHOLE_S = 4.0
+"""Time in which all others that a request needs must have answered: many clients wait for 5 s."""
 AT_ONCE = 16
 """Requests that may wait for others at a time: fewer than there are threads, so that those remain for answers."""
 
@@ -163,6 +163,8 @@ class Owners:
         try:
             return attempt(self._group_since(begun - self._fresh_s(), wait=False), deadline)
         except Moved:
+            if time.monotonic() > deadline:
+                raise
             return attempt(self._group_since(begun, wait=True), deadline)
 
     def _find(self, question: Question, group: Described, deadline: float) -> Answer:
@@ -193,8 +195,13 @@ class Owners:
         if partition >= group.partitions:
             return None
         url = group.owners.get(partition)
-        if url is None or url == self._url:
-            raise Moved("the stream's partition is just moving to another worker; come again in a moment")
+        if url is None:
+            raise Moved("the stream's partition is just moving from worker to worker; come again in a moment")
+        if url == self._url:
+            raise Moved(
+                f"this worker, {url}, shall have the stream's partition, and has not: either it is just coming (come"
+                f" again in a moment), or another worker has the same advertised_url"
+            )
         with self._turn():
             answer, about = _wait(self._send(url, str(partition), question.path, question.body, deadline), deadline)
         if answer.status in (200, 404) and partition not in about:
@@ -249,7 +256,7 @@ class Owners:
 
     def _fresh_s(self) -> float:
         group = self._described
-        return ALONE_FRESH_S if group and self._worker.live.issuperset(range(group.partitions)) else FRESH_S
+        return ALONE_FRESH_S if group and self._worker.live == frozenset(range(group.partitions)) else FRESH_S
 
     def _group_since(self, since: float, *, wait: bool) -> Described:
         """The group as it was then or later, or as it was last seen: where Kafka does not answer and, unless `wait`,

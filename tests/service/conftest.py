@@ -98,6 +98,7 @@ class Running:
     engine: Engine
     worker: StubWorker
     group: StubGroup
+    owners: Owners
     metrics: Metrics
     hub: EventHub
     server: HttpServer
@@ -129,7 +130,7 @@ def run(config: ModelConfig, **settings: Any) -> Iterator[Running]:
     try:
         server.start(create_app(engine, worker, chosen, metrics, hub, owners), on_stop=hub.close)
         with httpx.Client(base_url=server.url, timeout=20) as client:
-            yield Running(engine, worker, group, metrics, hub, server, client, [])
+            yield Running(engine, worker, group, owners, metrics, hub, server, client, [])
     finally:
         server.stop()
         owners.close()
