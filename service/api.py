@@ -277,8 +277,7 @@ def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor, owners: Own
     def ask(
         stream: str, partition: int | None, only: str | None, part: str, tell: Callable[[StreamKey, Rows], Fields]
     ) -> Response:
-        query = "" if partition is None else f"?partition={partition}"
-        path = f"/v1/streams/{quote(stream, safe='')}{part}{query}"
+        path = f"/v1/streams/{quote(stream, safe='')}{part}"
         answer = partial(_told, engine, stream, tell)
         return passed(owners.answer(Question(stream, partition, answer, path), only))
 

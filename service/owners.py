@@ -181,7 +181,7 @@ class Owners:
             for found in self._pages(exact, group, deadline)["streams"]:
                 if answer := self._ask(question, found["partition"], group, deadline):
                     return answer
-        raise Refused(404, "no stream of this id was heard" + ("" if question.partition is None else " there"))
+        raise Refused(404, "no stream of this id was heard")
 
     def _ask(self, question: Question, partition: int, group: Described, deadline: float) -> Answer | None:
         """What a partition's owner answers; None: it has no such stream. Raises Moved."""

@@ -31,7 +31,7 @@ def find(engine: Engine, stream: str, partitions: Partitions | None = None) -> t
     with engine.lock:
         key = _last_heard(engine, stream, partitions)
         if key is None:
-            raise Refused(404, "this worker has heard no stream of this id")
+            raise Refused(404, "no stream of this id was heard")
         return key, _copy(engine, [key])
 
 
