@@ -145,9 +145,7 @@ class StreamPage(Answer):
     """Streams by id, in order."""
 
     streams: list[Stream] = Field(description="At most `limit`, in the order of their ids.")
-    total: int = Field(
-        description="How many streams match, on all pages; an id that two workers have, in two partitions, counts twice."
-    )
+    total: int = Field(description="How many streams match, on all pages; an id that two workers have counts twice.")
     next: str | None = Field(description="Give this as `after` for the next page; null: this is the last.")
 
 
