@@ -292,7 +292,7 @@ def setup_logging(level: str) -> None:
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     if level != "debug":
-        quiet("kafka")  # a broker that is away is worth a line, not fifty
+        quiet("kafka", "httpx")  # a broker that is away is worth a line, not fifty; a request passed on is worth none
 
 
 def quiet(*loggers: str) -> None:

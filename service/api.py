@@ -8,10 +8,12 @@ look like stands in `schemas`.
 import email.message
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Annotated, Any, Protocol
+from urllib.parse import quote
 
 import orjson
-from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
+from fastapi import Body, Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -19,16 +21,23 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 
 from model.config import ModelConfig
+from model.state import Rows
 from service import schemas, views
+from service.arena import StreamKey
 from service.engine import Engine
 from service.errors import Refused
 from service.events import EventHub, Subscription
 from service.guard import PROBLEM_TYPE, Guard, problem
 from service.metrics import Metrics
+from service.owners import ANY, PARTITION_HEADER, Answer, Owners, Question
 from service.predict import Predictor
 from service.settings import Settings
+from service.views import Fields, Partitions
 
 DESCRIPTION = """Forecasts of live streams, and what is known of them.
+
+Any worker answers for any stream: it asks the worker that has it. Where that cannot answer now, for one because the
+stream is just moving from worker to worker, the status is 503, and `Retry-After` says when to come again.
 
 Times are epoch milliseconds. Forecasts are quantiles, in each series' own unit. Errors are problems after RFC 9457.
 A stream id may have slashes in a path as they are."""
@@ -39,7 +48,7 @@ ERRORS_TOLD_MAX = 10
 STREAMS_ASKED_MAX = 100
 
 WHY = {
-    404: "This worker has heard no such stream.",
+    404: "No worker has heard such a stream.",
     408: "The body did not come in time.",
     413: "The body is larger than the service reads.",
     415: "The body is not JSON, or is compressed.",
@@ -49,6 +58,11 @@ WHY = {
 }
 
 StreamPath = Annotated[schemas.StreamId, Path(examples=[EXAMPLE_STREAM])]
+Partition = Annotated[schemas.Partition | None, Query(description=schemas.PARTITION_SAYS)]
+Only = Annotated[
+    str | None, Header(alias=PARTITION_HEADER, pattern=rf"^({ANY}|[0-9]{{1,9}})$", include_in_schema=False)
+]
+"""Set by a worker that passes a request on."""
 
 
 class Pulse(Protocol):
@@ -60,9 +74,16 @@ class Pulse(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    @property
+    def live(self) -> Partitions: ...
 
-def create_app(engine: Engine, worker: Pulse, settings: Settings, metrics: Metrics, hub: EventHub) -> FastAPI:
-    """The API of one worker as an ASGI application; `hub` is where the worker publishes its forecasts."""
+
+def create_app(
+    engine: Engine, worker: Pulse, settings: Settings, metrics: Metrics, hub: EventHub, owners: Owners
+) -> FastAPI:
+    """The API of one worker as an ASGI application; `hub` is where the worker publishes its forecasts, `owners` answers
+    about streams, be they this worker's or another's.
+    """
     app = FastAPI(
         title="Carousel",
         version="1",
@@ -76,8 +97,8 @@ def create_app(engine: Engine, worker: Pulse, settings: Settings, metrics: Metri
     app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, seconds=metrics.http_seconds)
     _add_errors(app, worker)
     predictor = Predictor(engine)
-    _add_predict(app, predictor)
-    _add_streams(app, engine, predictor)
+    _add_predict(app, predictor, owners)
+    _add_streams(app, engine, predictor, owners)
     _add_events(app, hub)
     _add_operations(app, worker, metrics)
     _describe(app)
@@ -143,6 +164,10 @@ def json_answer(content: Any) -> Response:
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
+def passed(answer: Answer) -> Response:
+    return Response(answer.body, answer.status, answer.headers)
+
+
 def _add_errors(app: FastAPI, worker: Pulse) -> None:
     @app.exception_handler(HTTPException)
     async def told(_: Request, error: HTTPException) -> Response:
@@ -160,8 +185,8 @@ def _add_errors(app: FastAPI, worker: Pulse) -> None:
             return _unprocessable([(error.loc, str(error))])
         status, detail = error.status, str(error)
         if status == 404 and worker.unready:
-            status, detail = 503, f"{detail}, and is not ready: {worker.unready}"
-        headers, body = problem(status, detail)
+            status, detail = 503, f"{detail}, but this worker is not ready: {worker.unready}"
+        headers, body = problem(status, detail, retry_after_s=error.retry_after_s)
         return Response(body, status, headers)
 
 
@@ -180,7 +205,12 @@ def _printable(name: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name[:64])
 
 
-def _add_predict(app: FastAPI, predictor: Predictor) -> None:
+async def read_body(request: Request) -> bytes:
+    """The body as it came: it was read already."""
+    return await request.body()
+
+
+def _add_predict(app: FastAPI, predictor: Predictor, owners: Owners) -> None:
     examples = _predict_examples(predictor.config)
 
     @app.post(
@@ -189,12 +219,19 @@ def _add_predict(app: FastAPI, predictor: Predictor) -> None:
         response_model=schemas.Forecast,
         responses=failures(404, 408, 413, 415, 422, 503),
     )
-    def predict(request: Annotated[schemas.PredictRequest, Body(openapi_examples=examples)]) -> Response:
+    def predict(
+        request: Annotated[schemas.PredictRequest, Body(openapi_examples=examples)],
+        body: Annotated[bytes, Depends(read_body)],
+        only: Only = None,
+    ) -> Response:
         """With `stream` alone: the forecast that stands open in the stream's live state, as it was last written to
         the forecasts topic. With `history` alone: from nothing but these observations. With both: a what-if that goes
         on from the live state, and leaves it as it was.
         """
-        return json_answer(predictor.predict(request))
+        if request.stream is None:
+            return json_answer(predictor.predict(request))
+        question = Question(request.stream, request.partition, partial(predictor.predict, request), "/v1/predict", body)
+        return passed(owners.answer(question, only))
 
 
 def _predict_examples(config: ModelConfig) -> dict[str, Any]:
@@ -218,7 +255,9 @@ def _once(request: Request) -> None:
             raise Refused(422, "give it once", ("query", name))
 
 
-def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor) -> None:
+def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor, owners: Owners) -> None:
+    once = Depends(_once)
+
     @app.get("/v1/model", summary="The model that is served", response_model=schemas.Model)
     def model() -> Response:
         """Its sizes, how it was trained and how it did in its backtest."""
@@ -228,12 +267,19 @@ def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor) -> None:
         "/v1/streams",
         summary="List live streams",
         response_model=schemas.StreamPage,
-        responses=failures(422),
-        dependencies=[Depends(_once)],
+        responses=failures(422, 503),
+        dependencies=[once],
     )
-    def streams(page: Annotated[schemas.Page, Query()]) -> Response:
-        """In the order of their ids, a page at a time."""
-        return json_answer(views.page(engine, page.limit, page.after, page.q))
+    def streams(page: Annotated[schemas.Page, Query()], only: Only = None) -> Response:
+        """In the order of their ids, a page at a time: those of all workers, or 503 while one cannot be asked."""
+        return passed(owners.page(page, only))
+
+    def ask(
+        stream: str, partition: int | None, only: str | None, part: str, tell: Callable[[StreamKey, Rows], Fields]
+    ) -> Response:
+        path = f"/v1/streams/{quote(stream, safe='')}{part}"
+        answer = partial(_told, engine, stream, tell)
+        return passed(owners.answer(Question(stream, partition, answer, path), only))
 
     errors = failures(404, 422, 503)
 
@@ -242,29 +288,42 @@ def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor) -> None:
         summary="What the model remembers of a stream",
         response_model=schemas.StreamState,
         responses=errors,
+        dependencies=[once],
     )
-    def state(stream: StreamPath) -> Response:
+    def state(stream: StreamPath, partition: Partition = None, only: Only = None) -> Response:
         """Hidden state h, cell state C and the last step's gates, layer by layer, and the units it is seen in."""
-        return json_answer(views.inside(engine.config, *views.find(engine, stream)))
+        return ask(stream, partition, only, "/state", partial(views.inside, engine.config))
 
     @app.get(
         "/v1/streams/{stream:path}/history",
         summary="A stream's recent past",
         response_model=schemas.StreamHistory,
         responses=errors,
+        dependencies=[once],
     )
-    def history(stream: StreamPath) -> Response:
+    def history(stream: StreamPath, partition: Partition = None, only: Only = None) -> Response:
         """The last observations, each beside what had been forecast for it one step before."""
-        return json_answer(views.history(engine, *views.find(engine, stream)))
+        return ask(stream, partition, only, "/history", partial(views.history, engine))
 
     @app.get(
-        "/v1/streams/{stream:path}", summary="A live stream", response_model=schemas.StreamDetail, responses=errors
+        "/v1/streams/{stream:path}",
+        summary="A live stream",
+        response_model=schemas.StreamDetail,
+        responses=errors,
+        dependencies=[once],
     )
-    def detail(stream: StreamPath) -> Response:
+    def detail(stream: StreamPath, partition: Partition = None, only: Only = None) -> Response:
         """Its last value, count and live scores, and its open forecast."""
-        key, state = views.find(engine, stream)
-        (summary,) = views.summaries(engine, [key], state)
-        return json_answer({**summary, "forecast": predictor.tell(stream, state)})
+
+        def tell(key: StreamKey, state: Rows) -> Fields:
+            (summary,) = views.summaries(engine, [key], state)
+            return {**summary, "forecast": predictor.tell(stream, state)}
+
+        return ask(stream, partition, only, "", tell)
+
+
+def _told(engine: Engine, stream: str, tell: Callable[[StreamKey, Rows], Fields], partitions: Partitions) -> Fields:
+    return tell(*views.find(engine, stream, partitions))
 
 
 def _add_events(app: FastAPI, hub: EventHub) -> None:
@@ -288,8 +347,9 @@ def _add_events(app: FastAPI, hub: EventHub) -> None:
         responses=failures(422, 503),
     )
     async def events(subscription: Annotated[Subscription, Depends(subscribe)]) -> AsyncIterator[ServerSentEvent]:
-        """Server-sent events named `forecast`, from now on: the data of each is a record of the forecasts topic, which
-        has the observation too. Ids count up from 1; a gap in them tells how many events were dropped because they
+        """Server-sent events named `forecast`, from now on, of the streams that this worker has: for those of others
+        ask each worker, or read the forecasts topic. The data of each is a record of that topic, which has the
+        observation too. Ids count up from 1; a gap in them tells how many events were dropped because they
         were read too slowly. A comment comes every 15 s when nothing else does.
         """
         async for number, record in subscription:

@@ -11,6 +11,8 @@ from enum import StrEnum
 
 from model.errors import CarouselError
 
+RETRY_AFTER_S = 5
+
 
 class Reason(StrEnum):
     """Why a record became a dead letter: stable codes that producers may match on."""
@@ -48,11 +50,15 @@ class Rejected(Exception):
 
 
 class Refused(Exception):
-    """An HTTP request that cannot be answered: its status, a detail that says what to do, and the field at fault."""
+    """An HTTP request that cannot be answered: its status, a detail that says what to do, the field at fault (422),
+    and after how many seconds it is worth coming again (503).
+    """
 
-    def __init__(self, status: int, detail: str, loc: tuple[str | int, ...] = ()) -> None:
+    def __init__(
+        self, status: int, detail: str, loc: tuple[str | int, ...] = (), retry_after_s: int = RETRY_AFTER_S
+    ) -> None:
         super().__init__(detail)
-        self.status, self.loc = status, loc
+        self.status, self.loc, self.retry_after_s = status, loc, retry_after_s
 
 
 class ServiceError(CarouselError):

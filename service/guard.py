@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from prometheus_client import Histogram
 
-from service.errors import Refused
+from service.errors import RETRY_AFTER_S, Refused
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 BODY_S = 30.0
 """Time in which a body must have come."""
 HEADERS_MAX_BYTES = 16_384
-RETRY_AFTER_S = 5
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 PROBLEM_TYPE = "application/problem+json"
 
@@ -38,11 +37,13 @@ class Disconnected(Exception):
     """The client went before it had sent its body."""
 
 
-def problem(status: int, detail: str, errors: Sequence[dict[str, Any]] = ()) -> tuple[dict[str, str], bytes]:
+def problem(
+    status: int, detail: str, errors: Sequence[dict[str, Any]] = (), retry_after_s: int = RETRY_AFTER_S
+) -> tuple[dict[str, str], bytes]:
     """The headers and the body of an error's answer, after RFC 9457. errors: `loc` and `msg` of each field at fault."""
     headers = {"content-type": PROBLEM_TYPE}
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["retry-after"] = str(RETRY_AFTER_S)
+        headers["retry-after"] = str(retry_after_s)
     fields = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     return headers, orjson.dumps({**fields, "errors": list(errors)} if errors else fields)
 

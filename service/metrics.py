@@ -16,6 +16,7 @@ from service.errors import Reason
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
+FORWARDED = ("answered", "refused", "unreachable", "busy")
 OUTCOMES = ("observed", "missing", "duplicate", "late", "ended", "rejected")
 
 
@@ -146,6 +147,14 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        forwarded = Counter(
+            "carousel_requests_forwarded_total",
+            "Requests to other workers by what became of them: answered; refused (503: the partition moved, or is not"
+            " ready); unreachable, or too slow; busy: not passed on, too many at once.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.forwarded = {outcome: forwarded.labels(outcome) for outcome in FORWARDED}
         self.event_readers = Gauge("carousel_event_readers", "Open requests to /v1/events.", registry=registry)
         self.events_dropped = Counter(
             "carousel_events_dropped_total", "Events not sent because their reader was too slow.", registry=registry

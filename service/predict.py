@@ -24,7 +24,7 @@ from service.engine import Engine
 from service.errors import Refused, Rejected
 from service.records import check_time, check_value, quantile_key, read_covariates, read_time
 from service.schemas import GivenObservation, PredictRequest
-from service.views import find
+from service.views import Partitions, find
 
 AT_ONCE = 2
 """Histories computed at a time: the worker needs the machine too."""
@@ -48,13 +48,18 @@ class Predictor:
         self.max_steps = engine.settings.max_history_steps
         self._turns = threading.BoundedSemaphore(AT_ONCE)
 
-    def predict(self, request: PredictRequest) -> dict[str, Any]:
-        """The fields of a forecast record, cut as asked for, with `timestamps`. Raises Refused."""
+    def predict(self, request: PredictRequest, partitions: Partitions | None = None) -> dict[str, Any]:
+        """The fields of a forecast record, cut as asked for, with `timestamps`; a live stream is looked for in
+        `partitions` only, unless None. Raises Refused.
+        """
         if request.stream is None and request.history is None:
             raise Refused(422, "give a `stream`, a `history`, or both", ("body",))
+        if request.stream is None and request.partition is not None:
+            raise Refused(422, "a partition goes with a `stream`", ("body", "partition"))
         horizon, quantiles = self._horizon(request), self._quantiles(request)
         given = self._read(request.history) if request.history is not None else None
-        state = find(self.engine, request.stream)[1] if request.stream else self.engine.arena.schema.initial(1)
+        initial = self.engine.arena.schema.initial(1)
+        state = find(self.engine, request.stream, partitions)[1] if request.stream else initial
         if given:
             with self._turn():
                 state = self._continue(state, given)

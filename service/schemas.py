@@ -30,6 +30,8 @@ StreamId = Annotated[
         examples=["sensor-1"],
     ),
 ]
+PARTITION_SAYS = "The partition of the observations topic: where several have a stream of this id, and one is meant."
+Partition = Annotated[int, Field(ge=0, le=2**31 - 1, description=PARTITION_SAYS)]
 TimeMs = Annotated[int, Field(description="Epoch milliseconds.")]
 ByQuantile = dict[str, list[float]]
 Scalar = float | None
@@ -57,6 +59,7 @@ class PredictRequest(Strict):
     """Name a stream, give a history, or both."""
 
     stream: StreamId | None = Field(None, description="Id of a live stream to forecast, or to go on from.")
+    partition: Partition | None = Field(None, description=PARTITION_SAYS)
     history: list[GivenObservation] | None = Field(
         None,
         min_length=1,
@@ -80,6 +83,7 @@ class Page(BaseModel):
     limit: int = Field(100, ge=1, le=1_000, description="Most streams in an answer.")
     after: str = Field("", max_length=STREAM_ID_MAX, description="List ids after this one: `next` of the page before.")
     q: str = Field("", max_length=STREAM_ID_MAX, description="List only ids that contain this text.")
+    stream: StreamId | None = Field(None, description="List only the stream of this id, if it is there.")
 
 
 class Answer(BaseModel):
@@ -141,7 +145,7 @@ class StreamPage(Answer):
     """Streams by id, in order."""
 
     streams: list[Stream] = Field(description="At most `limit`, in the order of their ids.")
-    total: int = Field(description="How many streams match `q`, on all pages.")
+    total: int = Field(description="How many streams match, on all pages; an id that two workers have counts twice.")
     next: str | None = Field(description="Give this as `after` for the next page; null: this is the last.")
 
 

@@ -15,8 +15,10 @@ from service.api import create_app
 from service.engine import Engine
 from service.events import EventHub
 from service.metrics import Metrics
+from service.owners import Owners
 from service.server import HttpServer
 from service.settings import Settings
+from service.transport.group import KafkaPythonGroup
 from service.transport.kafka_python import KafkaPython
 from service.worker import Worker
 
@@ -35,10 +37,12 @@ def serve(settings: Settings) -> None:
     metrics.model.info({"model": bundle.model_id})
     engine = Engine(bundle, settings, metrics)
     server = HttpServer(settings)
+    url = settings.advertised_url or server.url
     log.info("serving %s: %s", bundle.model_id, server.url)
+    owners: Owners | None = None
     try:
         hub = EventHub(settings.forecasts_topic, metrics)
-        connect = partial(KafkaPython, settings, client_id=server.url)
+        connect = partial(KafkaPython, settings, client_id=url)  # by it the other workers find this one
         worker = Worker(engine, connect, settings, metrics, hub.publish)
 
         def stop(signum: int, _frame: FrameType | None) -> None:
@@ -47,10 +51,13 @@ def serve(settings: Settings) -> None:
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-        server.start(create_app(engine, worker, settings, metrics, hub), on_stop=hub.close)
+        owners = Owners(engine, worker, KafkaPythonGroup(settings), url, metrics)
+        server.start(create_app(engine, worker, settings, metrics, hub, owners), on_stop=hub.close)
         worker.run()
     finally:
         server.stop()
+        if owners:
+            owners.close()
 
 
 def version_installed() -> str:

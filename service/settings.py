@@ -5,14 +5,17 @@ Nothing else in the service reads the environment.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.errors import ServiceError
+
+BASE_URL = re.compile(r"https?://([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?")
 
 
 class Settings(BaseSettings):
@@ -62,6 +65,9 @@ class Settings(BaseSettings):
 
     http_host: str = Field("127.0.0.1", description="Address that HTTP listens on.")
     http_port: int = Field(8000, ge=0, le=65_535, description="Port that HTTP listens on; 0: any free one.")
+    advertised_url: str = Field(
+        "", description="URL under which other workers reach this one; empty: where it listens."
+    )
     max_body_bytes: int = Field(1 << 20, ge=1_024, description="Largest HTTP request body.")
     max_history_steps: int = Field(10_000, ge=1, description="Longest history in a predict request, in steps.")
 
@@ -87,6 +93,11 @@ class Settings(BaseSettings):
     threads: int = Field(1, ge=1, le=256, description="Threads that torch computes with.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
 
+    @field_validator("advertised_url")
+    @classmethod
+    def _check_advertised_url(cls, url: str) -> str:
+        return url and base_url(url)
+
     @classmethod
     def load(cls, flags: dict[str, Any], file: Path | None = None) -> Settings:
         """Settings from flags (None: not given), environment and YAML file. Raises ServiceError, naming the setting."""
@@ -110,6 +121,18 @@ class Settings(BaseSettings):
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             raise ServiceError(f"setting {name}: {first['msg']}; see `carousel serve --help`") from error
+
+
+def base_url(url: str) -> str:
+    """The URL of a worker: http(s)://HOST[:PORT] and no more. Raises ValueError if it is none.
+
+    >>> base_url("http://worker-1:8000/")
+    'http://worker-1:8000'
+    """
+    found = BASE_URL.fullmatch(url.removesuffix("/"))
+    if not found or int(found["port"] or 0) > 65_535:
+        raise ValueError("must be http://HOST[:PORT] or https://HOST[:PORT], without a path")
+    return found[0]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -16,41 +16,48 @@ from service.arena import StreamKey
 from service.engine import Engine
 from service.errors import Refused
 from service.records import quantile_key
+from service.schemas import Page
 
 Fields = dict[str, Any]
+Partitions = frozenset[int]
 
 
-def find(engine: Engine, stream: str) -> tuple[StreamKey, Rows]:
-    """A stream and a copy of its state, [1, ...] each; where partitions share the id, the one last heard.
+def find(engine: Engine, stream: str, partitions: Partitions | None = None) -> tuple[StreamKey, Rows]:
+    """A stream and a copy of its state, [1, ...] each; where partitions share the id, the one last heard. Looked for in
+    `partitions` only; None: in all that this worker has.
 
-    Raises Refused (404) if this worker has none.
+    Raises Refused (404) if it is not there.
     """
     with engine.lock:
-        key = _last_heard(engine, stream)
+        key = _last_heard(engine, stream, partitions)
         if key is None:
-            raise Refused(404, "this worker has heard no stream of this id")
+            raise Refused(404, "no stream of this id was heard")
         return key, _copy(engine, [key])
 
 
-def _last_heard(engine: Engine, stream: str) -> StreamKey | None:
+def _last_heard(engine: Engine, stream: str, partitions: Partitions | None) -> StreamKey | None:
     arena = engine.arena
     ts_ms, count = arena.column("ts_ms"), arena.column("count")
-    rows = {key: row for key in arena.keys_of(stream) if (row := arena.find(key)) is not None and count[row]}
-    return max(rows, key=lambda key: ts_ms[rows[key]], default=None)
+    keys = [key for key in arena.keys_of(stream) if partitions is None or key.partition in partitions]
+    rows = {key: row for key in keys if (row := arena.find(key)) is not None and count[row]}
+    return max(rows, key=lambda key: (ts_ms[rows[key]], key.partition), default=None)
 
 
 def _copy(engine: Engine, keys: list[StreamKey]) -> Rows:
     return engine.arena.gather(torch.tensor([engine.arena.find(key) for key in keys], dtype=torch.int64))
 
 
-def page(engine: Engine, limit: int, after: str, q: str) -> Fields:
-    """At most `limit` streams in the order of their ids, of those after `after` that contain `q`."""
+def page(engine: Engine, asked: Page, partitions: Partitions | None = None) -> Fields:
+    """At most `limit` streams in the order of their ids, of those after `after` that match; of `partitions` only."""
     with engine.lock:
-        held = list(engine.arena)
-    matching = {key.stream for key in held if q in key.stream}
-    chosen = heapq.nsmallest(limit + 1, (stream for stream in matching if stream > after))
+        held = engine.arena.keys_of(asked.stream) if asked.stream else list(engine.arena)
+    matching = {
+        key.stream for key in held if asked.q in key.stream and (partitions is None or key.partition in partitions)
+    }
+    limit = asked.limit
+    chosen = heapq.nsmallest(limit + 1, (stream for stream in matching if stream > asked.after))
     with engine.lock:  # taken anew: meanwhile a stream may have ended
-        keys = [key for stream in chosen[:limit] if (key := _last_heard(engine, stream))]
+        keys = [key for stream in chosen[:limit] if (key := _last_heard(engine, stream, partitions))]
         state = _copy(engine, keys)
     return {
         "streams": summaries(engine, keys, state),

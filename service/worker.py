@@ -173,12 +173,14 @@ class Worker:
         """These partitions are not this worker's any more. Nothing of them is in a transaction."""
         if not partitions:
             return
+        for partition in partitions:
+            self._keepers.pop(partition, None)  # first: who asks for a stream of theirs shall hear that it moves
         self.engine.forget_partitions(partitions)
         for partition in partitions:
             if restoring := self._restores.pop(partition, None):
                 restoring[1].close()  # type: ignore[attr-defined]
-            for kept in (self._keepers, self._offsets, self._trials):
-                kept.pop(partition, None)
+            self._offsets.pop(partition, None)
+            self._trials.pop(partition, None)
             self._unnoted.discard(partition)
             self.metrics.forget_partition(self.settings.observations_topic, partition)
         log.info("partitions %s of %s are gone", sorted(partitions), self.settings.observations_topic)

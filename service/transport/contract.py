@@ -1,8 +1,8 @@
-"""What the worker needs of Kafka, and no more: poll, commit, pause, read what was, lag.
+"""What the worker needs of Kafka, and no more: poll, commit, pause, read what was, lag; and who else is in its group.
 
 A transport is one session with Kafka and belongs to one thread. It never raises out of `poll` for a record's sake.
 Where Kafka goes away and may have missed something, any of its methods raises DisconnectedError: then begin a new
-session.
+session. A group may be asked from any thread.
 """
 
 from __future__ import annotations
@@ -90,3 +90,27 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Leave the group and hang up, in bounded time."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """The group as Kafka describes it. partitions: how many the observations topic has; owners: by partition, the URL
+    of the worker that has it, where there is one; stable: whether partitions are not just being shared out anew.
+    """
+
+    partitions: int
+    owners: Mapping[int, str]
+    stable: bool
+
+
+class Group(Protocol):
+    """All workers of the group, as Kafka knows them."""
+
+    def describe(self) -> Described | None:
+        """As it is now; None where Kafka does not say within two seconds."""
+
+    def candidates(self, key: bytes, partitions: int) -> tuple[int, ...]:
+        """Where producers' own partitioners put a key, the most common one first, each partition once."""
+
+    def close(self) -> None:
+        """Hang up, in bounded time."""

@@ -21,9 +21,12 @@ from service.api import EXAMPLE_STREAM, EXAMPLE_TS_MS, create_app
 from service.engine import Engine
 from service.events import EventHub
 from service.metrics import Metrics
+from service.owners import Owners
 from service.records import Outgoing, Record
 from service.server import HttpServer
 from service.settings import Settings
+from service.transport.contract import Described
+from service.transport.group import KafkaPythonGroup
 
 HOUR_MS = 3_600_000
 CONFIG = ModelConfig(
@@ -31,15 +34,34 @@ CONFIG = ModelConfig(
 )
 SEEN = 60
 """Observations of each stream; the last one stands an hour before the API's examples."""
+PARTITIONS = 4
 STREAMS = (EXAMPLE_STREAM, "sensor-2", "site 7/temperature")
 
 
 @dataclasses.dataclass
 class StubWorker:
-    """The two facts about a worker that the API asks for."""
+    """The facts about a worker that the API asks for."""
 
     unready: str = ""
     alive: bool = True
+    live: frozenset[int] = frozenset(range(PARTITIONS))
+
+
+@dataclasses.dataclass
+class StubGroup:
+    """What Kafka would say of the group. described: None while Kafka is away; asked: how often it was asked."""
+
+    described: Described | None
+    asked: int = 0
+
+    def describe(self) -> Described | None:
+        self.asked += 1
+        return self.described
+
+    candidates = KafkaPythonGroup.candidates
+
+    def close(self) -> None:
+        pass
 
 
 def random_bundle(config: ModelConfig) -> Bundle:
@@ -75,6 +97,8 @@ class Running:
 
     engine: Engine
     worker: StubWorker
+    group: StubGroup
+    owners: Owners
     metrics: Metrics
     hub: EventHub
     server: HttpServer
@@ -101,12 +125,15 @@ def run(config: ModelConfig, **settings: Any) -> Iterator[Running]:
     metrics, worker = Metrics(), StubWorker()
     engine, hub = Engine(random_bundle(config), chosen, metrics), EventHub(chosen.forecasts_topic, metrics)
     server = HttpServer(chosen)
+    group = StubGroup(Described(PARTITIONS, dict.fromkeys(range(PARTITIONS), server.url), stable=True))
+    owners = Owners(engine, worker, group, server.url, metrics)
     try:
-        server.start(create_app(engine, worker, chosen, metrics, hub), on_stop=hub.close)
+        server.start(create_app(engine, worker, chosen, metrics, hub, owners), on_stop=hub.close)
         with httpx.Client(base_url=server.url, timeout=20) as client:
-            yield Running(engine, worker, metrics, hub, server, client, [])
+            yield Running(engine, worker, group, owners, metrics, hub, server, client, [])
     finally:
         server.stop()
+        owners.close()
 
 
 @pytest.fixture(scope="module")

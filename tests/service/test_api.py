@@ -207,12 +207,12 @@ def test_a_history_is_placed_as_the_worker_places_it(
             last = json.loads(outgoing.value)
         if n + 1 == split:
             (key,) = engine.arena.keys_of("s")
-            state = engine.arena.gather(torch.tensor([engine.arena.row(key)]))
+            state = engine.arena.gather(torch.tensor([engine.arena.find(key)]))
     (key,) = engine.arena.keys_of("s")
-    final = engine.arena.gather(torch.tensor([engine.arena.row(key)]))
+    final = engine.arena.gather(torch.tensor([engine.arena.find(key)]))
     _same(Predictor(engine).predict(PredictRequest(history=given)), last, final)  # type: ignore[arg-type]
     if 0 < split < len(given):
-        engine.arena.scatter(torch.tensor([engine.arena.row(key)]), state)
+        engine.arena.scatter(torch.tensor([engine.arena.find(key)]), state)
         newer = given[split:]
         asked = PredictRequest(stream="s", history=newer)  # type: ignore[arg-type]
         if min(o["ts"] for o in newer) > int(state["ts_ms"]):
@@ -288,13 +288,13 @@ class TestStreams:
 
     def test_of_two_partitions_the_one_last_heard_counts(self, start: Start) -> None:
         api = start()
-        api.feed([record("a", time_at(5), 1.0, partition=3), record("a", time_at(9), 2.0, partition=1)])
+        api.feed([record("a", time_at(5), 1.0, partition=2), record("a", time_at(9), 2.0, partition=1)])
         assert ok(api.predict({"stream": "a"}))["observed"] == 2.0
-        api.feed([record("a", time_at(10), 3.0, partition=3)])
-        assert ok(api.client.get("/v1/streams/a"))["partition"] == 3
+        api.feed([record("a", time_at(10), 3.0, partition=2)])
+        assert ok(api.client.get("/v1/streams/a"))["partition"] == 2
         page = ok(api.client.get("/v1/streams"))
         assert (len(page["streams"]), page["total"]) == (1, 1)
-        api.engine.forget_partitions([3])
+        api.engine.forget_partitions([2])
         assert ok(api.predict({"stream": "a"}))["observed"] == 2.0
 
     def test_no_clock_no_timestamps(self, start: Start) -> None:
@@ -450,7 +450,7 @@ class TestBadInput:
     def test_row_13_while_restoring(self, start: Start) -> None:
         api = start()
         api.feed([record("a", time_at(0), 1.0)])
-        api.worker.ready = False
+        api.worker.unready = "partitions are being restored"
         for answer in (api.client.get("/readyz"), api.predict({"stream": "b"}), api.client.get("/v1/streams/b/state")):
             problem_of(answer, 503)
             assert int(answer.headers["retry-after"]) > 0

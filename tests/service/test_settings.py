@@ -28,12 +28,23 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
         ({"model": "m", "start": "middle"}, "start"),
         ({"model": "m", "threads": 0}, "threads"),
         ({"model": "m", "no_such_setting": 1}, "no_such_setting"),
+        ({"model": "m", "advertised_url": "worker-1:8000"}, "advertised_url"),
+        ({"model": "m", "advertised_url": "http://worker-1:8000/path"}, "advertised_url"),
+        ({"model": "m", "advertised_url": "http://user@worker-1"}, "advertised_url"),
+        ({"model": "m", "advertised_url": "http://worker-1:65536"}, "advertised_url"),
+        ({"model": "m", "advertised_url": "ftp://worker-1"}, "advertised_url"),
+        ({"model": "m", "advertised_url": "http://worker-1\n"}, "advertised_url"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named_in_one_line(flags: dict[str, object], named: str) -> None:
     with pytest.raises(ServiceError, match=f"setting {named}: ") as refused:
         Settings.load(flags)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://worker_1:8000", "https://10.0.0.7", "http://[::1]:80", ""])
+def test_an_advertised_url_is_taken_without_its_last_slash(url: str) -> None:
+    assert Settings.load({"model": "m", "advertised_url": url and url + "/"}).advertised_url == url
 
 
 @pytest.mark.parametrize(
