@@ -1,0 +1,319 @@
+"""The run: load, workers and broker set up, tormented by the plan, and what came out compared."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import socket
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from kafka import KafkaAdminClient
+from kafka.admin import NewTopic
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deploy.broker import BrokerConfig, EmbeddedBroker
+from deploy.chaos.bundle import random_bundle
+from deploy.chaos.faults import Faults
+from deploy.chaos.fleet import Fleet
+from deploy.chaos.load import Load, Sent
+from deploy.chaos.plan import SLOTS, ChaosConfig, ChaosError, Guarantee, plan
+from deploy.chaos.verify import State, Undisturbed, forecasts_differ, letters_differ, states_differ, undisturbed
+from deploy.chaos.watch import Watch, read
+from deploy.java import signals_interrupt
+from model.bundle import load_bundle
+from service.records import Record
+from service.settings import Settings
+
+TICK_S = 0.05
+STALL_LIMIT_S = 120.0
+READY_LIMIT_S = 60.0
+TOLD_MAX = 10
+NAME = "chaos"
+PORTS = range(20_000, 32_000)
+"""Below those that clients are given: while the broker is away, none may take its port by chance."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a run. records: of the input; differences, failures: what ought not to have been."""
+
+    records: int
+    wanted: Undisturbed
+    differences: Sequence[str]
+    failures: Sequence[str]
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences and not self.failures
+
+
+def run(config: ChaosConfig, console: Console | None = None) -> bool:
+    """The run, told as it goes. -> whether all was as if nothing had happened.
+
+    Raises ChaosError or BrokerError where it cannot go on. Whatever it started has ended when it returns; where
+    something failed, its directory with all logs is kept.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    torch.set_num_threads(1)
+    directory, keep = Path(tempfile.mkdtemp(prefix="carousel-chaos-")), True
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(signals_interrupt())
+            chaos = Chaos(stack, config, directory, console)
+            chaos.play()
+            outcome = chaos.outcome()
+        _tell(chaos, outcome, console)
+        keep = not outcome.equal
+    except KeyboardInterrupt:
+        keep = False
+        raise
+    finally:
+        if keep:
+            console.print(f"logs and Kafka's data are kept in {directory}")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    return not keep
+
+
+class Chaos:
+    """One run. `play`, then `outcome`."""
+
+    def __init__(self, stack: ExitStack, config: ChaosConfig, directory: Path, console: Console) -> None:
+        """Start everything; what was started is ended by `stack`."""
+        self.config, self.console = config, console
+        self.plan = plan(config)
+        self.bundle = random_bundle(directory / "model")
+        with console.status("starting Apache Kafka …"):
+            kafka = BrokerConfig(_port(), directory / "kafka", stop_s=5)
+            self.broker = stack.enter_context(EmbeddedBroker(kafka, lambda _: None))
+        self.servers = self.broker.bootstrap_servers
+        self.flags = _flags(config, self.bundle, self.servers)
+        self._create_input()
+        self.fleet = Fleet(self.flags, directory, self._note)
+        stack.callback(self.fleet.close)
+        self.watch = Watch(self.servers, self.flags["group_id"])
+        stack.callback(self.watch.stop)
+        self.faults = Faults(self.fleet, self.broker, self.watch, self._note)
+        topic = self.flags["observations_topic"]
+        self.load = Load(config, self.servers, topic, lambda: self.watch.seen.done, self.faults.outage)
+        stack.callback(self.load.stop)
+        self.input: list[Record] = []
+        self._progressed_at = self._started_at = time.monotonic()
+        self._done = 0
+        self._ends: dict[int, int] = {}
+
+    def _create_input(self) -> None:
+        admin = KafkaAdminClient(bootstrap_servers=self.servers)
+        try:
+            admin.create_topics([NewTopic(self.flags["observations_topic"], self.config.partitions, 1)])
+            admin.wait_for_topics([self.flags["observations_topic"]])
+        finally:
+            admin.close()
+
+    def _note(self, text: str) -> None:
+        self.console.print(f"[dim]{self.watch.seen.done:>7,}[/dim]  ", end="")
+        self.console.print(text, markup=False)
+
+    def play(self) -> None:
+        """All faults of the plan, and on until the whole input is done with."""
+        config, told = self.config, self.config.guarantee.replace("_", " ")
+        self.console.print(
+            f"seed {config.seed}: {config.observations:,} observations of {config.streams:,} streams, {len(self.plan)}"
+            f" faults, {told}"
+        )
+        for slot in SLOTS:
+            self.fleet.add(slot)
+        self.watch.start()
+        self._await_workers()
+        self.load.start()
+        pending, running = deque(self.plan), list[Iterator[None]]()
+        with self._progress() as show:
+            while pending or running or not self._finished():
+                self._turn()
+                show()
+                while pending and pending[0].at <= self.watch.seen.done:
+                    running.append(self.faults.begin(pending.popleft()))
+                running = [fault for fault in running if next(fault, self) is not self]
+                time.sleep(TICK_S)
+
+    def _await_workers(self) -> None:
+        """Until the partitions are shared out: who starts is no fault, and what comes of it no part of the plan."""
+        with self.console.status("starting the workers …"):
+            while not all(self.faults.owned(worker) for worker in self.fleet.workers.values()):
+                self._turn()
+                time.sleep(TICK_S)
+        self._started_at = self._progressed_at = time.monotonic()
+
+    def _turn(self) -> None:
+        """Look after the workers, see who recovered, and that the run still goes on."""
+        self.fleet.tick()
+        seen, now = self.watch.seen, time.monotonic()
+        for recovery in self.faults.recoveries:
+            if recovery.took_s is None and recovery.take(seen):
+                self._note(f"  recovered after {recovery.took_s:.1f} s: {recovery.what}")
+        if seen.done > self._done:
+            self._done, self._progressed_at = seen.done, now
+        if self.load.failure:
+            raise ChaosError(self.load.failure)
+        if self.broker.poll() is not None and not self.faults.outage.locked():
+            raise ChaosError(f"Apache Kafka ended by itself ({self.broker.log_file})")
+        if now - self._progressed_at > STALL_LIMIT_S:
+            raise ChaosError(f"nothing was committed for {STALL_LIMIT_S:g} s; {self._whereabouts()}")
+        if now - self._started_at > self.config.limit_s:
+            raise ChaosError(f"not done after {self.config.limit_s:g} s (--limit-s); {self._whereabouts()}")
+
+    def _whereabouts(self) -> str:
+        offsets = ", ".join(f"{p} at {offset}" for p, offset in sorted(self.watch.seen.offsets.items()))
+        return f"partitions {offsets or 'none'}; sent {self.load.sent:,} of {self.load.records:,}"
+
+    def _finished(self) -> bool:
+        """Whether all is sent, and the group has committed the end of it."""
+        if not self.load.finished:
+            return False
+        if not self.input:
+            self.input = read(self.servers, self.flags["observations_topic"])
+            self._ends = {record.partition: record.offset + 1 for record in self.input}  # in order: the last one stays
+        return all(self.watch.seen.offsets.get(partition, 0) >= end for partition, end in self._ends.items())
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[], None]]:
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=self.console, disable=not self.console.is_terminal, transient=True,
+        )  # fmt: skip
+        with bar:
+            sent, done = (
+                bar.add_task("sent", total=self.load.records),
+                bar.add_task("done with", total=self.load.records),
+            )
+
+            def show() -> None:
+                bar.update(sent, completed=self.load.sent)
+                bar.update(done, completed=min(self.watch.seen.done, self.load.records))
+
+            yield show
+
+    def outcome(self) -> Outcome:
+        """Ask for the final states, end the workers in order, and compare all with the undisturbed run."""
+        flags, guarantee = self.flags, self.config.guarantee
+        with self.console.status("comparing with an undisturbed run …"):
+            wanted = undisturbed(load_bundle(self.bundle), Settings.load(flags), self.input)
+            states = self._states(wanted)
+            for worker in self.fleet.workers.values():
+                if worker.wanted:
+                    for _ in self.fleet.stop(worker):
+                        time.sleep(TICK_S)
+            forecasts, letters = (read(self.servers, flags[f"{role}_topic"]) for role in ("forecasts", "dead_letters"))
+            differences = [
+                *forecasts_differ(wanted, forecasts, guarantee),
+                *letters_differ(wanted, letters, guarantee),
+                *states_differ(wanted, states),
+            ]
+        failures = [*self._load_differs(), *self.fleet.failures, *self.faults.failures]
+        return Outcome(len(self.input), wanted, differences, failures)
+
+    def _states(self, wanted: Undisturbed) -> dict[str, list[State]]:
+        """What the workers say of each stream."""
+        workers = [worker for worker in self.fleet.workers.values() if worker.wanted]
+        deadline = time.monotonic() + READY_LIMIT_S
+        while not all(worker.ready() for worker in workers):
+            self._turn()
+            if time.monotonic() > deadline:
+                raise ChaosError(f"not all workers were ready {READY_LIMIT_S:g} s after the end; see their logs")
+            time.sleep(TICK_S)
+        told: dict[str, list[State]] = {}
+        for stream in [*wanted.states, *wanted.ended]:
+            for worker in workers:
+                state, detail = (worker.get(f"/v1/streams/{stream}{of}") for of in ("/state", ""))
+                if state:
+                    told.setdefault(stream, []).append({**state, "count": detail and detail["count"]})
+        return told
+
+    def _load_differs(self) -> Iterator[str]:
+        """Where the input is not what was sent. It is the truth all the same, but then the load is not what it says."""
+        sent = [(item.partition, item.key, item.value) for item in self.load.items if isinstance(item, Sent)]
+        got = [(record.partition, record.key, record.value) for record in self.input]
+        for partition in range(self.config.partitions):
+            some, others = ([each for each in all_ if each[0] == partition] for all_ in (sent, got))
+            if some != others:
+                yield f"the load: of {len(some)} records sent to partition {partition}, {len(others)} are there"
+
+
+def _flags(config: ChaosConfig, bundle: Path, servers: str) -> dict[str, Any]:
+    """The settings of all workers."""
+    flags = {
+        "model": bundle,
+        "bootstrap_servers": servers,
+        "group_id": NAME,
+        "observations_topic": f"{NAME}.observations",
+        "forecasts_topic": f"{NAME}.forecasts",
+        "dead_letters_topic": f"{NAME}.dlq",
+        "state_topic": f"{NAME}.state",
+        "partitions": config.partitions,
+        "http_port": 0,
+        "slot": "",
+        "guarantee": config.guarantee,
+        "commit_interval_ms": 100,
+        "transaction_timeout_ms": 10_000,
+        "snapshot_interval_s": 3,
+        "session_timeout_ms": config.session_timeout_ms,
+    }
+    # Until exactly-once is merged, the service does not know all of these.
+    return {name: value for name, value in flags.items() if name in Settings.model_fields}
+
+
+def _port() -> int:
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ChaosError(f"no port is free between {PORTS.start} and {PORTS.stop}")
+
+
+def _tell(chaos: Chaos, outcome: Outcome, console: Console) -> None:
+    """Tables of faults and of what came out; then the verdict."""
+    console.print(_faults_table(chaos))
+    wanted, fleet = outcome.wanted, chaos.fleet
+    restarts = ", ".join(f"{count} after {why}" for why, count in fleet.restarts.items()) or "none"
+    console.print(
+        f"restarts      {restarts}\n"
+        f"input         {outcome.records:,} records; {chaos.load.aborted:,} more were aborted\n"
+        f"forecasts     {sum(map(len, wanted.forecasts.values())):,} of {len(wanted.forecasts):,} streams\n"
+        f"dead letters  {sum(wanted.letters.values()):,}, for {len({x.reason for x in wanted.letters})} reasons\n"
+        f"final states  {len(wanted.states):,} alive, {len(wanted.ended):,} ended"
+    )
+    for heading, lines in (("differences", outcome.differences), ("failures", outcome.failures)):
+        if lines:
+            console.print(f"[bold red]{len(lines):,} {heading}[/bold red]")
+            console.print("\n".join(f"  {line}" for line in lines[:TOLD_MAX]), markup=False)
+    if outcome.equal:
+        console.print(f"[bold green]nobody could tell:[/bold green] {_claim(chaos.config.guarantee)}")
+    else:
+        console.print(f"[bold red]this run can be told from an undisturbed one[/bold red] (seed {chaos.config.seed})")
+
+
+def _claim(guarantee: Guarantee) -> str:
+    if guarantee == "exactly_once":
+        return "each forecast and dead letter once, all as in an undisturbed run; all final states equal"
+    return "each forecast and dead letter at least once, all as in an undisturbed run; all final states equal"
+
+
+def _faults_table(chaos: Chaos) -> Table:
+    table = Table("fault", "times", "recoveries", "median", "longest")
+    for kind, count in chaos.config.counts.items():
+        took = [r.took_s for r in chaos.faults.recoveries if r.kind is kind and r.took_s is not None]
+        spans = (f"{statistics.median(took):.1f} s", f"{max(took):.1f} s") if took else ("", "")
+        if count:
+            table.add_row(kind, str(count), str(len(took)), *spans)
+    return table

@@ -1,0 +1,258 @@
+"""Is what came out what an undisturbed run makes of the same input? Nothing else counts as having survived."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from deploy.chaos.plan import Guarantee
+from model.bundle import Bundle
+from service import views
+from service.engine import Engine
+from service.errors import Refused
+from service.metrics import Metrics
+from service.records import Outgoing, Record
+from service.settings import Settings
+
+TOLERANCE = 1e-4
+"""Of a stream's scale. The same step in another company of streams sums its floats in another order; over a stream's
+life that comes to some 1e-6 of its scale. A lost or doubled observation changes a forecast by 1e-2 and more."""
+ROUNDING = 1e-5
+"""Of a stream's scale: forecasts are written in steps of at most that, so two that nearly agree may be one apart."""
+
+Line = tuple[int, str]
+"""A partition and a stream in it: what has an order."""
+State = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """A forecast, wanted or found. fields: all that the record says beside the quantiles, and its key.
+
+    quantiles: float64[Q, H]. offset: of the observation it answers, if wanted; its own, if found. scale: the stream's.
+    """
+
+    fields: Mapping[str, Any]
+    quantiles: NDArray[np.float64]
+    offset: int
+    scale: float = math.nan
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        return self.fields["ts"], self.fields["slot"], self.fields["count"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.fields['stream']}'s forecast at ts {self.fields['ts']} (count {self.fields['count']})"
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A dead letter: of which record, why, and what it carries."""
+
+    partition: int
+    offset: int
+    reason: str
+    key: bytes | None
+    value: bytes | None
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What is to be found. states: what HTTP says of each stream that is alive, its count added; ended: who is not."""
+
+    forecasts: Mapping[Line, Sequence[Forecast]]
+    letters: Counter[Letter]
+    states: Mapping[str, State]
+    ended: frozenset[str]
+
+
+def undisturbed(bundle: Bundle, settings: Settings, records: Iterable[Record]) -> Undisturbed:
+    """What one engine makes of the input, given each partition's records in their order."""
+    engine = Engine(bundle, settings, Metrics())
+    forecasts: dict[Line, list[Forecast]] = defaultdict(list)
+    letters: Counter[Letter] = Counter()
+    for chunk in _chunks(records):
+        offset_of = {(record.partition, record.key): record.offset for record in chunk}
+        for outgoing in _process(engine, chunk):
+            if outgoing.topic == settings.dead_letters_topic:
+                letters[_letter(outgoing)] += 1
+            else:
+                found = _forecast(outgoing, offset_of[outgoing.partition, outgoing.key])
+                stream = found.fields["stream"]
+                forecasts[outgoing.partition, stream].append(replace(found, scale=_scale(engine, stream)))
+    states = {stream: state for _, stream in forecasts if (state := _state(engine, stream))}
+    counts = {stream: line[-1].fields["count"] for (_, stream), line in forecasts.items()}
+    told = {stream: {**state, "count": counts[stream]} for stream, state in states.items()}
+    return Undisturbed(forecasts, letters, told, frozenset(stream for _, stream in forecasts) - set(states))
+
+
+def _process(engine: Engine, chunk: Sequence[Record]) -> Sequence[Outgoing]:
+    """All that is asked of the engine."""
+    return engine.process(chunk)
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Each partition's records in order, but only one of a stream at a time: so its state can be seen after each."""
+    waiting: dict[int, deque[Record]] = defaultdict(deque)
+    for record in records:
+        waiting[record.partition].append(record)
+    while any(waiting.values()):
+        chunk = []
+        for queue in waiting.values():
+            keys: set[bytes | None] = set()
+            while queue and queue[0].key not in keys and None not in keys and (queue[0].key or not keys):
+                keys.add(queue[0].key)  # a record without a key may be anybody's: it goes alone
+                chunk.append(queue.popleft())
+        yield chunk
+
+
+def _scale(engine: Engine, stream: str) -> float:
+    return float(views.find(engine, stream)[1]["scale"])
+
+
+def _state(engine: Engine, stream: str) -> State | None:
+    try:
+        return views.inside(engine.config, *views.find(engine, stream))
+    except Refused:
+        return None
+
+
+def _forecast(record: Record | Outgoing, offset: int) -> Forecast:
+    fields = orjson.loads(record.value or b"")
+    quantiles = np.array(list(fields.pop("quantiles").values()))
+    return Forecast({**fields, "key": record.key}, quantiles, offset)
+
+
+def _letter(record: Record | Outgoing) -> Letter:
+    headers = {name: value or b"" for name, value in record.headers}
+    offset, reason = int(headers["__streams.errors.offset"]), headers["carousel.errors.reason"].decode()
+    return Letter(record.partition, offset, reason, record.key, record.value)
+
+
+def forecasts_differ(wanted: Undisturbed, records: Iterable[Record], guarantee: Guarantee) -> Iterator[str]:
+    """Where the forecasts topic is not what it ought to be; one line for each stream."""
+    found: dict[Line, list[Forecast]] = defaultdict(list)
+    for record in records:
+        forecast = _forecast(record, record.offset)
+        found[record.partition, forecast.fields["stream"]].append(forecast)
+    for line in sorted(wanted.forecasts.keys() | found.keys()):
+        differ = _once_each if guarantee == "exactly_once" else _at_least_once
+        told = differ(wanted.forecasts.get(line, ()), found[line])
+        if told:
+            yield f"forecasts, partition {line[0]}, {told}"
+
+
+def _once_each(wanted: Sequence[Forecast], found: Sequence[Forecast]) -> str:
+    """The first difference of a stream's forecasts from those wanted; "" if there is none."""
+    places, all_found = {forecast.place for forecast in wanted}, Counter(forecast.place for forecast in found)
+    for want, got in zip_longest(wanted, found):
+        if want and got and want.place == got.place:
+            if told := _changed(want, got):
+                return told
+        elif want and want.place not in all_found:
+            return f"{_of(want)} is lost"
+        elif got and got.place not in places:
+            return f"offset {got.offset}: {got.name} ought not to be"
+        elif got and all_found[got.place] > 1:
+            return f"offset {got.offset}: {got.name} is doubled"
+        else:
+            where = got or want
+            return f"offset {where.offset}: {where.name} is out of order" if where else ""
+    return ""
+
+
+def _at_least_once(wanted: Sequence[Forecast], found: Sequence[Forecast]) -> str:
+    """The same, where doubles are allowed."""
+    by_place: dict[tuple[int, int, int], list[Forecast]] = defaultdict(list)
+    for want in wanted:
+        by_place[want.place].append(want)  # more than one where a stream ended and began again
+    for got in found:
+        if got.place not in by_place:
+            return f"offset {got.offset}: {got.name} ought not to be"
+        if all(told := [_changed(want, got) for want in by_place[got.place]]):
+            return told[0]
+    lost = by_place.keys() - {got.place for got in found}
+    return next((f"{_of(want)} is lost" for want in wanted if want.place in lost), "")
+
+
+def _of(want: Forecast) -> str:
+    return f"{want.name}, of the observation at offset {want.offset},"
+
+
+def _changed(want: Forecast, got: Forecast) -> str:
+    for name, value in want.fields.items():
+        if got.fields.get(name) != value:
+            return f"offset {got.offset}: {got.name} has {name} {got.fields.get(name)!r}, not {value!r}"
+    limit = (TOLERANCE + ROUNDING) * want.scale
+    error = (
+        float(np.abs(got.quantiles - want.quantiles).max()) if got.quantiles.shape == want.quantiles.shape else math.inf
+    )
+    if not error <= limit:
+        return f"offset {got.offset}: {got.name} is off by {error / want.scale:.2g} of the stream's scale"
+    return ""
+
+
+def letters_differ(wanted: Undisturbed, records: Iterable[Record], guarantee: Guarantee) -> Iterator[str]:
+    """Where the dead letters are not what they ought to be."""
+    found = Counter(_letter(record) for record in records)
+    for letter in sorted((wanted.letters - found).keys(), key=_order):
+        yield f"dead letters, {_name(letter)} is lost"
+    for letter in sorted((found - wanted.letters).keys(), key=_order):
+        if letter not in wanted.letters:
+            yield f"dead letters, {_name(letter)} ought not to be, or not so"
+        elif guarantee == "exactly_once":
+            yield f"dead letters, {_name(letter)} is doubled"
+
+
+def _order(letter: Letter) -> tuple[int, int]:
+    return letter.partition, letter.offset
+
+
+def _name(letter: Letter) -> str:
+    return f"partition {letter.partition}, source offset {letter.offset}: the one for {letter.reason}"
+
+
+def states_differ(wanted: Undisturbed, answers: Mapping[str, Sequence[State]]) -> Iterator[str]:
+    """Where the final states, as workers tell them, are not what they ought to be.
+
+    answers: what those workers said of a stream that know it; more than one may.
+    """
+    for stream, state in sorted(wanted.states.items()):
+        if not answers.get(stream):
+            yield f"states, {stream}: no worker knows it"
+        for answer in answers.get(stream, ()):
+            yield from _state_differs(stream, state, answer)
+    for stream in sorted(wanted.ended):
+        if answers.get(stream):
+            yield f"states, {stream}: it ended, and a worker still knows it"
+
+
+def _state_differs(stream: str, want: State, got: State) -> Iterator[str]:
+    for name in ("partition", "ts", "steps", "gap", "count"):
+        if got.get(name) != want[name]:
+            yield f"states, {stream}: {name} is {got.get(name)!r}, not {want[name]!r}"
+            return
+    for name in ("level", "scale"):
+        if not _near(want[name], got[name], want["scale"]):
+            yield f"states, {stream}: {name} is {got[name]!r}, not {want[name]!r}"
+    for n, (layer, other) in enumerate(zip(want["layers"], got["layers"], strict=True)):
+        for name in ("h", "c"):
+            size = max(1.0, float(np.abs(layer[name]).max()))
+            if not _near(layer[name], other[name], size):
+                error = float(np.abs(np.subtract(layer[name], other[name])).max())
+                yield f"states, {stream}: {name} of layer {n} is off by {error:.2g}"
+
+
+def _near(want: Any, got: Any, size: float) -> bool:
+    if want is None or got is None:
+        return want is got
+    return bool(np.allclose(got, want, rtol=0, atol=TOLERANCE * size))
