@@ -6,21 +6,21 @@ What must be true of the fault itself is checked here; what comes of it is watch
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kafka.errors import KafkaError
 
 from deploy.broker import EmbeddedBroker
-from deploy.chaos.fleet import Fleet, Worker
+from deploy.chaos.fleet import REPLACED, Fleet, Worker
 from deploy.chaos.plan import ChaosError, Fault, Kind
 from deploy.chaos.watch import Seen, Watch, evict
-from deploy.java import ending
 
 SETTLE_LIMIT_S = 90.0
 """In which a worker must have its partitions, however badly the machine is doing."""
@@ -32,16 +32,17 @@ TWIN_LIMIT_S = 45.0
 class Recovery:
     """From a fault to the next committed progress of all the partitions that it hit."""
 
-    kind: Kind
-    what: str
+    fault: Fault
     partitions: frozenset[int]
-    began_at: float = field(default_factory=time.monotonic)
+    began_at: float
+    hit_at: float = field(default_factory=time.monotonic)
+    """When nothing done before the fault could be committed any more."""
     took_s: float | None = None
     _before: dict[int, int] | None = None
 
     def take(self, seen: Seen) -> bool:
-        """Whether it is over, by what is seen. What was asked before the fault says nothing of it."""
-        if seen.asked_at < self.began_at:
+        """Whether it is over, by what is seen. What Kafka was asked before says nothing."""
+        if seen.asked_at < self.hit_at:
             return False
         if self._before is None:
             self._before = {p: seen.offsets.get(p, 0) for p in self.partitions}
@@ -60,6 +61,12 @@ class Faults:
         self.recoveries: list[Recovery] = []
         self.failures: list[str] = []
         self._busy: set[str] = set()
+        self._due: list[Fault] = []
+
+    @property
+    def overdue_at(self) -> float:
+        """The progress at which the first fault was due that could not be done yet; infinite if there is none."""
+        return min((fault.at for fault in self._due), default=math.inf)
 
     def begin(self, fault: Fault) -> Iterator[None]:
         """The fault, to be taken part by part until it is over."""
@@ -72,16 +79,23 @@ class Faults:
             Kind.EVICT: self._evict,
             Kind.BROKER: self._broker,
         }[fault.kind]
+        self._due.append(fault)
         while fault.slot in self._busy:  # one thing after another for a slot; those of others go on meanwhile
             yield
         self._busy.add(fault.slot)
         yield from parts(fault)
         self._busy.discard(fault.slot)
 
-    def _hit(self, fault: Fault, partitions: frozenset[int]) -> None:
-        self.note(f"{fault}" + (f" (partitions {', '.join(map(str, sorted(partitions)))})" if partitions else ""))
+    def _tell(self, fault: Fault, partitions: frozenset[int]) -> float:
+        """Say what is being done. -> when."""
+        self._due.remove(fault)
+        self.note(f"{fault}{_of(partitions)}")
+        return time.monotonic()
+
+    def _hit(self, fault: Fault, partitions: frozenset[int], began_at: float) -> None:
+        """From now on progress is recovery."""
         if partitions:
-            self.recoveries.append(Recovery(fault.kind, str(fault), partitions))
+            self.recoveries.append(Recovery(fault, partitions, began_at))
 
     def owned(self, worker: Worker) -> frozenset[int]:
         """The partitions that Kafka gave to a worker, as was last seen."""
@@ -90,13 +104,14 @@ class Faults:
 
     def _kill(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
-        yield from self._running(worker)
+        while not worker.running:
+            yield
         partitions = self.owned(worker)
         self.fleet.kill(worker)
-        self._hit(fault, partitions)
+        self._hit(fault, partitions, self._tell(fault, partitions))
         if fault.seconds:
             life = worker.lives
-            while worker.lives == life:
+            while worker.lives == life or not worker.url:  # it has a URL just before it joins the group
                 yield
             yield from _wait(fault.seconds)
             self.fleet.kill(worker)
@@ -104,50 +119,51 @@ class Faults:
     def _term(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
         yield from self._settled(worker)
-        self._hit(fault, self.owned(worker))
+        partitions = self.owned(worker)
+        began_at = self._tell(fault, partitions)
         yield from self.fleet.stop(worker)
-        worker.wanted = True
-        worker.start()
-        self.fleet.restarts["SIGTERM"] += 1
+        self._hit(fault, partitions, began_at)
+        self.fleet.restart(worker, "SIGTERM")
 
     def _stop(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
         yield from self._settled(worker)
         partitions, life = self.owned(worker), worker.lives
         worker.signal(signal.SIGSTOP)
-        self._hit(fault, partitions)
+        self._hit(fault, partitions, self._tell(fault, partitions))
         yield from _wait(fault.seconds)
         worker.signal(signal.SIGCONT)
         yield from self._settled(worker)
-        self.note(f"{worker.slot} is a member again, {'as it was' if worker.lives == life else 'after a restart'}")
+        self.note(f"{worker.slot} is a member again, {'in the same life' if worker.lives == life else 'restarted'}")
 
     def _add(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.add(fault.slot)
-        self.note(str(fault))
+        began_at = self._tell(fault, frozenset())
         yield from self._settled(worker)
-        partitions = self.owned(worker)
-        self.note(f"{worker.slot} has partitions {', '.join(map(str, sorted(partitions)))}")
-        self.recoveries.append(Recovery(fault.kind, f"{worker.slot} added", partitions))
+        self._hit(fault, self.owned(worker), began_at)
         while self.watch.seen.done < fault.until:
             yield
-        partitions = self.owned(worker)
+        yield from self._settled(worker)
+        partitions, began_at = self.owned(worker), time.monotonic()
         yield from self.fleet.stop(worker)
-        self.note(f"{worker.slot} is removed")
-        self.recoveries.append(Recovery(fault.kind, f"{worker.slot} removed", partitions))
+        self.note(f"{worker.slot} is removed{_of(partitions)}")
+        self._hit(fault, partitions, began_at)
 
     def _twin(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
         yield from self._settled(worker)
-        self._hit(fault, self.owned(worker))
+        partitions = self.owned(worker)
+        began_at = self._tell(fault, partitions)
         older, life = self.fleet.replace(worker)
-        deadline = time.monotonic() + TWIN_LIMIT_S
+        deadline = began_at + TWIN_LIMIT_S
         while older.poll() is None and time.monotonic() < deadline:
             yield
+        self._hit(fault, partitions, began_at)
         if older.poll() is None:
             self.failures.append(f"two processes ran as {worker.slot} for {TWIN_LIMIT_S:g} s ({worker.log_of(life)})")
             older.kill()
         else:
-            self.note(f"the older {worker.slot} {ending(older.wait())}")
+            self.fleet.judge(worker, older, life, REPLACED)
         yield from self._settled(worker)
 
     def _evict(self, fault: Fault) -> Iterator[None]:
@@ -160,7 +176,7 @@ class Faults:
                     evict(self.watch.servers, self.watch.group, member)
                     break
             yield
-        self._hit(fault, member.partitions)
+        self._hit(fault, member.partitions, self._tell(fault, member.partitions))
 
     def _broker(self, fault: Fault) -> Iterator[None]:
         while not self.outage.acquire(blocking=False):
@@ -168,25 +184,37 @@ class Faults:
         try:
             if self.broker.pid:
                 os.kill(self.broker.pid, signal.SIGKILL)
-            self._hit(fault, frozenset(self.watch.seen.offsets))
+            partitions = frozenset(self.watch.seen.offsets)
+            began_at = self._tell(fault, partitions)
             while self.broker.poll() is None:
                 yield
             yield from _wait(fault.seconds)
-            self.broker.start()
+            yield from self.broker.starting()
         finally:
             self.outage.release()
-
-    def _running(self, worker: Worker) -> Iterator[None]:
-        while not worker.running:
-            yield
+        self.note(f"the broker is back after {time.monotonic() - began_at:.1f} s")
+        self._hit(fault, partitions, began_at)
 
     def _settled(self, worker: Worker) -> Iterator[None]:
-        """Until the worker has partitions, and Kafka knows."""
+        """Until the worker has partitions, and Kafka knows.
+
+        Raises ChaosError if that takes too long.
+        """
         since = time.monotonic()
-        while not (worker.running and self.watch.seen.asked_at > since and self.owned(worker)):
+        while not (worker.running and self.watch.seen.asked_at > since and self.owned(worker) and worker.ready()):
             if time.monotonic() - since > SETTLE_LIMIT_S:
                 raise ChaosError(f"{worker.slot} had no partitions for {SETTLE_LIMIT_S:g} s ({worker.log_file})")
             yield
+
+
+def _of(partitions: frozenset[int]) -> str:
+    return f" (partitions {', '.join(map(str, sorted(partitions)))})" if partitions else ""
+
+
+def advance(parts: Sequence[Iterator[None]]) -> list[Iterator[None]]:
+    """Let each do its next part. -> those that are not over."""
+    over = object()
+    return [each for each in parts if next(each, over) is not over]
 
 
 def _wait(seconds: float) -> Iterator[None]:

@@ -26,6 +26,9 @@ HTTP_LIMIT_S = 5.0
 CLEAR = re.compile(r"^carousel: |\b(ERROR|CRITICAL)\b")
 """What the last line of whoever ends badly must look like."""
 
+REPLACED = "replaced"
+"""The fate of a process whose slot another one took."""
+
 Note = Callable[[str], None]
 
 
@@ -118,29 +121,33 @@ class Fleet:
                 continue
             if time.monotonic() - worker.started_at < HASTE_S and worker.process not in self._killed:
                 continue
-            self._judge(worker, worker.process, worker.lives)
-            worker.start()
+            self.restart(worker, self.judge(worker, worker.process, worker.lives, "started again"))
 
     def kill(self, worker: Worker) -> None:
         """SIGKILL, whatever state it is in."""
         self._killed.add(worker.process)
         worker.process.kill()
 
-    def _judge(self, worker: Worker, process: subprocess.Popen[bytes], life: int) -> None:
-        """Why a process ended, and whether it said so."""
+    def restart(self, worker: Worker, after: str) -> None:
+        """Start a worker again that ended."""
+        worker.wanted = True
+        self.restarts[after] += 1
+        worker.start()
+
+    def judge(self, worker: Worker, process: subprocess.Popen[bytes], life: int, fate: str) -> str:
+        """See that a process of a worker which ended badly has said why; fate: what becomes of it. -> what ended it."""
         status = process.wait()
         if process in self._killed:
-            self.restarts["kill -9"] += 1
-            return
-        text = worker.log_of(life).read_text(errors="replace").strip()
-        last = text.splitlines()[-1] if text else ""
-        self.restarts["by itself"] += 1
-        self.note(f"{worker.slot} {ending(status)}, and is started again: {last}")
-        if status == 0:
+            return "kill -9"
+        text = worker.log_of(life).read_text(errors="replace")
+        last = text.strip().rpartition("\n")[2]
+        self.note(f"{worker.slot} {ending(status)}, and is {fate}: {last}")
+        if status == 0 and fate != REPLACED:
             self.failures.append(f"{worker.slot} ended by itself, with status 0 ({worker.log_of(life)})")
-        elif "Traceback" in text or not CLEAR.search(last):
-            why = f"without a clear last line: {last[:200]!r}"
-            self.failures.append(f"{worker.slot} {ending(status)} {why} ({worker.log_of(life)})")
+        elif not says_why(text):
+            told = f"without a clear last line: {last[:200]!r}"
+            self.failures.append(f"{worker.slot} {ending(status)} {told} ({worker.log_of(life)})")
+        return "an end of its own"
 
     def stop(self, worker: Worker) -> Iterator[None]:
         """SIGTERM, and wait until it ended; it must do so with status 0 and soon. It is not started again."""
@@ -172,3 +179,14 @@ class Fleet:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+def says_why(log: str) -> bool:
+    r"""Whether a process that ended badly left an operator with one line that says why.
+
+    >>> says_why("12:00 INFO serving\ncarousel: no Kafka broker answers at 127.0.0.1:9092; is it running?")
+    True
+    >>> says_why("Traceback (most recent call last):\n  ...\nKeyError: 7"), says_why("12:00 INFO serving")
+    (False, False)
+    """
+    return "Traceback" not in log and bool(CLEAR.search(log.strip().rpartition("\n")[2]))

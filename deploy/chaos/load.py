@@ -57,6 +57,11 @@ class Series:
     partition: int
     step: int = 0
 
+    @property
+    def end(self) -> Sent:
+        """The tombstone."""
+        return Sent(self.partition, self.name.encode(), None)
+
     def value(self, dice: random.Random) -> float:
         return round(self.level * (1 + 0.3 * math.sin(self.step / 24 * math.tau) + dice.gauss(0, 0.05)), 3)
 
@@ -67,10 +72,13 @@ def items(config: ChaosConfig) -> list[Item]:
     streams = [_series(dice, n, config.partitions) for n in range(config.streams)]
     sent: list[Item] = []
     for _ in range(config.observations):
-        sent += _observed(dice, dice.choice(streams))
+        series = dice.choice(streams)
+        sent += _observed(dice, series)
+        if sent[-1] == series.end and dice.random() < 0.5 and len(streams) > 1:
+            streams.remove(series)  # for good; the others begin anew
     for _ in range(config.aborts):  # these take nothing from the streams, so they may stand anywhere
-        series = dice.choices(streams, k=dice.randint(1, ABORTED_MAX))
-        never = tuple(_record(each, each.step, 10 * each.value(dice)) for each in series)
+        some = dice.choices(streams, k=dice.randint(1, ABORTED_MAX))
+        never = tuple(_record(each, each.step, 10 * each.value(dice)) for each in some)
         sent.insert(dice.randrange(len(sent)), Aborted(never))
     return sent
 
@@ -91,9 +99,9 @@ def _observed(dice: random.Random, series: Series) -> Iterator[Sent]:
         yield _record(series, series.step, series.value(dice))
     elif luck < 0.02:
         yield _record(series, series.step - dice.randint(1, 5), series.value(dice))
-    elif luck < 0.023:
-        yield Sent(series.partition, series.name.encode(), None)
-    elif luck < 0.045:
+    elif luck < 0.025:
+        yield series.end
+    elif luck < 0.047:
         yield _garbage(dice, series)
 
 
@@ -127,24 +135,24 @@ def _garbage(dice: random.Random, series: Series) -> Sent:
 
 
 class Load(threading.Thread):
-    """Sends the items at a steady rate, never more than a tenth of them ahead of what is `done`, across all outages.
+    """Sends the items at a steady rate, never more than a twentieth of them ahead of `reached`, across all outages.
 
     `outage` is held while the broker is away; the load holds it while it has a transaction open, since a client that
     loses the coordinator in the middle of one may wait for ever (see the transport's traps).
     """
 
     def __init__(
-        self, config: ChaosConfig, servers: str, topic: str, done: Callable[[], int], outage: threading.Lock
+        self, config: ChaosConfig, servers: str, topic: str, reached: Callable[[], float], outage: threading.Lock
     ) -> None:
         super().__init__(name="load", daemon=True)
         self.items: Sequence[Item] = items(config)
         self.records = sum(isinstance(item, Sent) for item in self.items)
-        self.ahead = max(200, len(self.items) // 10)
+        self.ahead = max(100, len(self.items) // 20)
         self.rate, self.servers, self.topic = config.rate, servers, topic
         self.sent = 0
         self.aborted = 0
         self.failure = ""
-        self._done, self._outage = done, outage
+        self._reached, self._outage = reached, outage
         self._stopping = threading.Event()
 
     @property
@@ -194,7 +202,7 @@ class Load(threading.Thread):
         """The items when they are due. What a stall delayed is not made up for at once."""
         allowance, last = 0.0, time.monotonic()
         for item in self.items:
-            while not self._stopping.is_set() and (allowance < 1 or self.sent - self._done() >= self.ahead):
+            while not self._stopping.is_set() and (allowance < 1 or self.sent - self._reached() >= self.ahead):
                 self._stopping.wait(TURN_S)
                 now = time.monotonic()
                 allowance, last = min(allowance + (now - last) * self.rate, max(1, self.rate / 5)), now

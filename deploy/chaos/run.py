@@ -24,7 +24,7 @@ from rich.table import Table
 
 from deploy.broker import BrokerConfig, EmbeddedBroker
 from deploy.chaos.bundle import random_bundle
-from deploy.chaos.faults import Faults
+from deploy.chaos.faults import Faults, advance
 from deploy.chaos.fleet import Fleet
 from deploy.chaos.load import Load, Sent
 from deploy.chaos.plan import SLOTS, ChaosConfig, ChaosError, Guarantee, plan
@@ -71,8 +71,12 @@ def run(config: ChaosConfig, console: Console | None = None) -> bool:
         with ExitStack() as stack:
             stack.enter_context(signals_interrupt())
             chaos = Chaos(stack, config, directory, console)
-            chaos.play()
-            outcome = chaos.outcome()
+            try:
+                chaos.play()
+                outcome = chaos.outcome()
+            except ChaosError:
+                _list(console, "failures until then", chaos.failures)
+                raise
         _tell(chaos, outcome, console)
         keep = not outcome.equal
     except KeyboardInterrupt:
@@ -106,7 +110,7 @@ class Chaos:
         stack.callback(self.watch.stop)
         self.faults = Faults(self.fleet, self.broker, self.watch, self._note)
         topic = self.flags["observations_topic"]
-        self.load = Load(config, self.servers, topic, lambda: self.watch.seen.done, self.faults.outage)
+        self.load = Load(config, self.servers, topic, self._reached, self.faults.outage)
         stack.callback(self.load.stop)
         self.input: list[Record] = []
         self._progressed_at = self._started_at = time.monotonic()
@@ -144,7 +148,7 @@ class Chaos:
                 show()
                 while pending and pending[0].at <= self.watch.seen.done:
                     running.append(self.faults.begin(pending.popleft()))
-                running = [fault for fault in running if next(fault, self) is not self]
+                running = advance(running)
                 time.sleep(TICK_S)
 
     def _await_workers(self) -> None:
@@ -161,7 +165,7 @@ class Chaos:
         seen, now = self.watch.seen, time.monotonic()
         for recovery in self.faults.recoveries:
             if recovery.took_s is None and recovery.take(seen):
-                self._note(f"  recovered after {recovery.took_s:.1f} s: {recovery.what}")
+                self._note(f"  went on {recovery.took_s:.1f} s after: {recovery.fault}")
         if seen.done > self._done:
             self._done, self._progressed_at = seen.done, now
         if self.load.failure:
@@ -172,6 +176,10 @@ class Chaos:
             raise ChaosError(f"nothing was committed for {STALL_LIMIT_S:g} s; {self._whereabouts()}")
         if now - self._started_at > self.config.limit_s:
             raise ChaosError(f"not done after {self.config.limit_s:g} s (--limit-s); {self._whereabouts()}")
+
+    def _reached(self) -> float:
+        """How far the run is, for the load to keep up with: no fault that is due is left without load to hit."""
+        return min(self.watch.seen.done, self.faults.overdue_at)
 
     def _whereabouts(self) -> str:
         offsets = ", ".join(f"{p} at {offset}" for p, offset in sorted(self.watch.seen.offsets.items()))
@@ -210,18 +218,21 @@ class Chaos:
         with self.console.status("comparing with an undisturbed run …"):
             wanted = undisturbed(load_bundle(self.bundle), Settings.load(flags), self.input)
             states = self._states(wanted)
-            for worker in self.fleet.workers.values():
-                if worker.wanted:
-                    for _ in self.fleet.stop(worker):
-                        time.sleep(TICK_S)
+            stopping = [self.fleet.stop(worker) for worker in self.fleet.workers.values() if worker.wanted]
+            while stopping := advance(stopping):
+                time.sleep(TICK_S)
             forecasts, letters = (read(self.servers, flags[f"{role}_topic"]) for role in ("forecasts", "dead_letters"))
             differences = [
                 *forecasts_differ(wanted, forecasts, guarantee),
                 *letters_differ(wanted, letters, guarantee),
                 *states_differ(wanted, states),
             ]
-        failures = [*self._load_differs(), *self.fleet.failures, *self.faults.failures]
-        return Outcome(len(self.input), wanted, differences, failures)
+        return Outcome(len(self.input), wanted, differences, [*self._load_differs(), *self.failures])
+
+    @property
+    def failures(self) -> list[str]:
+        """What workers did that they must not do, whatever comes of it."""
+        return [*self.fleet.failures, *self.faults.failures]
 
     def _states(self, wanted: Undisturbed) -> dict[str, list[State]]:
         """What the workers say of each stream."""
@@ -293,14 +304,18 @@ def _tell(chaos: Chaos, outcome: Outcome, console: Console) -> None:
         f"dead letters  {sum(wanted.letters.values()):,}, for {len({x.reason for x in wanted.letters})} reasons\n"
         f"final states  {len(wanted.states):,} alive, {len(wanted.ended):,} ended"
     )
-    for heading, lines in (("differences", outcome.differences), ("failures", outcome.failures)):
-        if lines:
-            console.print(f"[bold red]{len(lines):,} {heading}[/bold red]")
-            console.print("\n".join(f"  {line}" for line in lines[:TOLD_MAX]), markup=False)
+    _list(console, "differences", outcome.differences)
+    _list(console, "failures", outcome.failures)
     if outcome.equal:
         console.print(f"[bold green]nobody could tell:[/bold green] {_claim(chaos.config.guarantee)}")
     else:
         console.print(f"[bold red]this run can be told from an undisturbed one[/bold red] (seed {chaos.config.seed})")
+
+
+def _list(console: Console, what: str, lines: Sequence[str]) -> None:
+    if lines:
+        console.print(f"[bold red]{len(lines):,} {what}[/bold red]")
+        console.print("\n".join(f"  {line}" for line in lines[:TOLD_MAX]), markup=False)
 
 
 def _claim(guarantee: Guarantee) -> str:
@@ -312,7 +327,7 @@ def _claim(guarantee: Guarantee) -> str:
 def _faults_table(chaos: Chaos) -> Table:
     table = Table("fault", "times", "recoveries", "median", "longest")
     for kind, count in chaos.config.counts.items():
-        took = [r.took_s for r in chaos.faults.recoveries if r.kind is kind and r.took_s is not None]
+        took = [r.took_s for r in chaos.faults.recoveries if r.fault.kind is kind and r.took_s is not None]
         spans = (f"{statistics.median(took):.1f} s", f"{max(took):.1f} s") if took else ("", "")
         if count:
             table.add_row(kind, str(count), str(len(took)), *spans)
