@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from kafka.errors import KafkaError
 
 from deploy.broker import EmbeddedBroker
-from deploy.chaos.fleet import REPLACED, Fleet, Worker
+from deploy.chaos.fleet import Fleet, Worker
 from deploy.chaos.plan import ChaosError, Fault, Kind
 from deploy.chaos.watch import Seen, Watch, evict
 
@@ -32,7 +32,8 @@ TWIN_LIMIT_S = 45.0
 class Recovery:
     """From a fault to the next committed progress of all the partitions that it hit."""
 
-    fault: Fault
+    kind: Kind
+    what: str
     partitions: frozenset[int]
     began_at: float
     hit_at: float = field(default_factory=time.monotonic)
@@ -92,29 +93,28 @@ class Faults:
         self.note(f"{fault}{_of(partitions)}")
         return time.monotonic()
 
-    def _hit(self, fault: Fault, partitions: frozenset[int], began_at: float) -> None:
+    def _hit(self, fault: Fault, partitions: frozenset[int], began_at: float, what: str = "") -> None:
         """From now on progress is recovery."""
         if partitions:
-            self.recoveries.append(Recovery(fault, partitions, began_at))
+            self.recoveries.append(Recovery(fault.kind, what or str(fault), partitions, began_at))
 
     def owned(self, worker: Worker) -> frozenset[int]:
         """The partitions that Kafka gave to a worker, as was last seen."""
-        member = self.watch.seen.member(worker.slot, worker.url)
+        member = self.watch.seen.member(worker.slot, worker.life.url)
         return member.partitions if member else frozenset()
 
     def _kill(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
-        while not worker.running:
+        while (life := worker.life).status is not None:
             yield
         partitions = self.owned(worker)
-        self.fleet.kill(worker)
+        life.kill()
         self._hit(fault, partitions, self._tell(fault, partitions))
         if fault.seconds:
-            life = worker.lives
-            while worker.lives == life or not worker.url:  # it has a URL just before it joins the group
+            while worker.life is life or not worker.life.url:
                 yield
             yield from _wait(fault.seconds)
-            self.fleet.kill(worker)
+            worker.life.kill()
 
     def _term(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
@@ -128,13 +128,13 @@ class Faults:
     def _stop(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
         yield from self._settled(worker)
-        partitions, life = self.owned(worker), worker.lives
-        worker.signal(signal.SIGSTOP)
+        partitions, life = self.owned(worker), worker.life
+        life.signal(signal.SIGSTOP)
         self._hit(fault, partitions, self._tell(fault, partitions))
         yield from _wait(fault.seconds)
-        worker.signal(signal.SIGCONT)
+        life.signal(signal.SIGCONT)
         yield from self._settled(worker)
-        self.note(f"{worker.slot} is a member again, {'in the same life' if worker.lives == life else 'restarted'}")
+        self.note(f"{worker.slot} is a member again, {'in the same life' if worker.life is life else 'in a new life'}")
 
     def _add(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.add(fault.slot)
@@ -147,30 +147,30 @@ class Faults:
         partitions, began_at = self.owned(worker), time.monotonic()
         yield from self.fleet.stop(worker)
         self.note(f"{worker.slot} is removed{_of(partitions)}")
-        self._hit(fault, partitions, began_at)
+        self._hit(fault, partitions, began_at, f"{worker.slot} is removed")
 
     def _twin(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
         yield from self._settled(worker)
         partitions = self.owned(worker)
         began_at = self._tell(fault, partitions)
-        older, life = self.fleet.replace(worker)
+        older = self.fleet.replace(worker)
         deadline = began_at + TWIN_LIMIT_S
-        while older.poll() is None and time.monotonic() < deadline:
+        while older.status is None and time.monotonic() < deadline:
             yield
         self._hit(fault, partitions, began_at)
-        if older.poll() is None:
-            self.failures.append(f"two processes ran as {worker.slot} for {TWIN_LIMIT_S:g} s ({worker.log_of(life)})")
+        if older.status is None:
+            self.failures.append(f"two processes ran as {worker.slot} for {TWIN_LIMIT_S:g} s ({older.log_file})")
             older.kill()
         else:
-            self.fleet.judge(worker, older, life, REPLACED)
+            self.fleet.judge(worker, older, "is replaced")
         yield from self._settled(worker)
 
     def _evict(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
         while True:
             yield from self._settled(worker)
-            member = self.watch.seen.member(worker.slot, worker.url)
+            member = self.watch.seen.member(worker.slot, worker.life.url)
             with suppress(KafkaError):  # it went by itself, or the broker did: then when it is back
                 if member and not self.outage.locked():
                     evict(self.watch.servers, self.watch.group, member)
@@ -196,14 +196,14 @@ class Faults:
         self._hit(fault, partitions, began_at)
 
     def _settled(self, worker: Worker) -> Iterator[None]:
-        """Until the worker has partitions, and Kafka knows.
+        """Until the worker has partitions, and it and Kafka both say so.
 
         Raises ChaosError if that takes too long.
         """
         since = time.monotonic()
-        while not (worker.running and self.watch.seen.asked_at > since and self.owned(worker) and worker.ready()):
+        while not (self.watch.seen.asked_at > since and self.owned(worker) and worker.life.ready()):
             if time.monotonic() - since > SETTLE_LIMIT_S:
-                raise ChaosError(f"{worker.slot} had no partitions for {SETTLE_LIMIT_S:g} s ({worker.log_file})")
+                raise ChaosError(f"{worker.slot} had no partitions for {SETTLE_LIMIT_S:g} s ({worker.life.log_file})")
             yield
 
 

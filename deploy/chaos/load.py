@@ -135,7 +135,7 @@ def _garbage(dice: random.Random, series: Series) -> Sent:
 
 
 class Load(threading.Thread):
-    """Sends the items at a steady rate, never more than a twentieth of them ahead of `reached`, across all outages.
+    """Sends the items at a steady rate, never far (a tenth of them, or 500) ahead of `reached`, across all outages.
 
     `outage` is held while the broker is away; the load holds it while it has a transaction open, since a client that
     loses the coordinator in the middle of one may wait for ever (see the transport's traps).
@@ -147,7 +147,7 @@ class Load(threading.Thread):
         super().__init__(name="load", daemon=True)
         self.items: Sequence[Item] = items(config)
         self.records = sum(isinstance(item, Sent) for item in self.items)
-        self.ahead = max(100, len(self.items) // 20)
+        self.ahead = max(500, len(self.items) // 10)
         self.rate, self.servers, self.topic = config.rate, servers, topic
         self.sent = 0
         self.aborted = 0

@@ -121,7 +121,7 @@ class ChaosConfig:
 SHORT = ChaosConfig(
     observations=3_000,
     streams=60,
-    rate=200.0,
+    rate=400.0,
     kills=3,
     terms=0,
     stops=1,

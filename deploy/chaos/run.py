@@ -21,6 +21,7 @@ from kafka.admin import NewTopic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from deploy.broker import BrokerConfig, EmbeddedBroker
 from deploy.chaos.bundle import random_bundle
@@ -126,8 +127,7 @@ class Chaos:
             admin.close()
 
     def _note(self, text: str) -> None:
-        self.console.print(f"[dim]{self.watch.seen.done:>7,}[/dim]  ", end="")
-        self.console.print(text, markup=False)
+        self.console.print(Text.assemble((f"{self.watch.seen.done:>7,}", "dim"), "  ", text))
 
     def play(self) -> None:
         """All faults of the plan, and on until the whole input is done with."""
@@ -165,7 +165,7 @@ class Chaos:
         seen, now = self.watch.seen, time.monotonic()
         for recovery in self.faults.recoveries:
             if recovery.took_s is None and recovery.take(seen):
-                self._note(f"  went on {recovery.took_s:.1f} s after: {recovery.fault}")
+                self._note(f"  went on {recovery.took_s:.1f} s after: {recovery.what}")
         if seen.done > self._done:
             self._done, self._progressed_at = seen.done, now
         if self.load.failure:
@@ -238,7 +238,7 @@ class Chaos:
         """What the workers say of each stream."""
         workers = [worker for worker in self.fleet.workers.values() if worker.wanted]
         deadline = time.monotonic() + READY_LIMIT_S
-        while not all(worker.ready() for worker in workers):
+        while not all(worker.life.ready() for worker in workers):
             self._turn()
             if time.monotonic() > deadline:
                 raise ChaosError(f"not all workers were ready {READY_LIMIT_S:g} s after the end; see their logs")
@@ -246,7 +246,7 @@ class Chaos:
         told: dict[str, list[State]] = {}
         for stream in [*wanted.states, *wanted.ended]:
             for worker in workers:
-                state, detail = (worker.get(f"/v1/streams/{stream}{of}") for of in ("/state", ""))
+                state, detail = (worker.life.get(f"/v1/streams/{stream}{of}") for of in ("/state", ""))
                 if state:
                     told.setdefault(stream, []).append({**state, "count": detail and detail["count"]})
         return told
@@ -327,7 +327,7 @@ def _claim(guarantee: Guarantee) -> str:
 def _faults_table(chaos: Chaos) -> Table:
     table = Table("fault", "times", "recoveries", "median", "longest")
     for kind, count in chaos.config.counts.items():
-        took = [r.took_s for r in chaos.faults.recoveries if r.fault.kind is kind and r.took_s is not None]
+        took = [r.took_s for r in chaos.faults.recoveries if r.kind is kind and r.took_s is not None]
         spans = (f"{statistics.median(took):.1f} s", f"{max(took):.1f} s") if took else ("", "")
         if count:
             table.add_row(kind, str(count), str(len(took)), *spans)

@@ -20,7 +20,7 @@ import pytest
 from deploy.chaos.bundle import random_bundle
 from deploy.chaos.faults import Recovery
 from deploy.chaos.load import Aborted, Item, Sent, items
-from deploy.chaos.plan import FIRST, LAST, SHORT, SLOTS, ChaosConfig, ChaosError, Fault, Guarantee, Kind, plan
+from deploy.chaos.plan import FIRST, LAST, SHORT, SLOTS, ChaosConfig, ChaosError, Guarantee, Kind, plan
 from deploy.chaos.run import run
 from deploy.chaos.verify import Undisturbed, forecasts_differ, letters_differ, states_differ, undisturbed
 from deploy.chaos.watch import Seen
@@ -59,7 +59,7 @@ def test_a_run_that_makes_no_sense_is_refused_by_the_name_of_its_option(wrong: d
 
 
 def test_progress_counts_as_recovery_only_where_the_fault_hit_and_only_after_it() -> None:
-    recovery = Recovery(Fault(0, Kind.KILL, "w0"), frozenset({0, 1}), began_at=9.0, hit_at=10.0)
+    recovery = Recovery(Kind.KILL, "kill -9 of w0", frozenset({0, 1}), began_at=9.0, hit_at=10.0)
     assert not recovery.take(Seen(9.5, {0: 100, 1: 100})), "asked before the fault"
     assert not recovery.take(Seen(10.5, {0: 110, 1: 105, 2: 0})), "done before the fault"
     assert not recovery.take(Seen(11.0, {0: 120, 1: 105, 2: 50}))
@@ -244,6 +244,7 @@ def test_of_two_workers_that_know_a_stream_both_must_know_it_right(scene: Scene)
     assert "steps is 1" in told
 
 
+@pytest.mark.timeout(600)  # some 50 s on a quiet machine
 @pytest.mark.xfail(strict=False, reason="exactly-once is not merged yet: what is killed forgets, and says things twice")
 def test_workers_that_are_killed_stopped_and_thrown_out_leave_no_trace() -> None:
     assert run(replace(SHORT, seed=1))
