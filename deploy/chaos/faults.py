@@ -80,12 +80,15 @@ class Faults:
             Kind.EVICT: self._evict,
             Kind.BROKER: self._broker,
         }[fault.kind]
+        # One thing after another for a slot; those of others go on meanwhile. Of twins, whoever reaches a broker that
+        # is back counts as the younger: so Kafka stays while there are two.
+        held = {fault.slot, ""} if fault.kind is Kind.TWIN else {fault.slot}
         self._due.append(fault)
-        while fault.slot in self._busy:  # one thing after another for a slot; those of others go on meanwhile
+        while held & self._busy:
             yield
-        self._busy.add(fault.slot)
+        self._busy |= held
         yield from parts(fault)
-        self._busy.discard(fault.slot)
+        self._busy -= held
 
     def _tell(self, fault: Fault, partitions: frozenset[int]) -> float:
         """Say what is being done. -> when."""
@@ -161,7 +164,7 @@ class Faults:
         self._hit(fault, partitions, began_at)
         if older.status is None:
             self.failures.append(f"two processes ran as {worker.slot} for {TWIN_LIMIT_S:g} s ({older.log_file})")
-            older.kill()
+            older.abort()
         else:
             self.fleet.judge(worker, older, "is replaced")
         yield from self._settled(worker)

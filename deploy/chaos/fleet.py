@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
 import sys
 import time
 import urllib.error
@@ -24,6 +25,7 @@ HASTE_S = 3.0
 """Whoever ended sooner than this waits as long before the next start."""
 HTTP_LIMIT_S = 5.0
 READY_LIMIT_S = 1.0
+ABORT_LIMIT_S = 1.0
 CLEAR = re.compile(r"^carousel: |\b(ERROR|CRITICAL)\b")
 """What the last line of whoever ends badly must look like."""
 
@@ -37,7 +39,7 @@ class Life:
         self._url = ""
         self.killed = False
         """Whether it was us who killed it."""
-        command = [sys.executable, "-m", "carousel", "serve"]
+        command = [sys.executable, "-X", "faulthandler", "-m", "carousel", "serve"]
         command += [f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()]
         with self.log_file.open("wb") as log:
             self.process = spawn(command, Path.cwd(), log)
@@ -65,6 +67,15 @@ class Life:
         """SIGKILL, whatever state it is in."""
         self.killed = True
         self.process.kill()
+
+    def abort(self) -> None:
+        """End it because it ought to have ended: its log then shows where each of its threads stood."""
+        self.killed = True
+        self.process.send_signal(signal.SIGABRT)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(ABORT_LIMIT_S)
+        self.process.kill()
+        self.process.wait()
 
     def get(self, path: str, limit_s: float = HTTP_LIMIT_S) -> Any:
         """What its API answers; None: no such thing. Raises OSError if it does not answer, or not now."""
@@ -157,12 +168,17 @@ class Fleet:
             if time.monotonic() - asked_at > STOP_LIMIT_S:
                 told = f"did not end within {STOP_LIMIT_S:g} s of SIGTERM"
                 self.failures.append(f"{worker.slot} {told} ({life.log_file})")
-                life.kill()
-                life.process.wait()
+                life.abort()
                 return
             yield
         if life.status:
             self.failures.append(f"{worker.slot} {ending(life.status)} at SIGTERM ({life.log_file})")
+
+    def abort(self) -> None:
+        """End all because the run did not come to its end."""
+        for life in self._lives:
+            if life.status is None:
+                life.abort()
 
     def close(self) -> None:
         """Nothing is left running, whatever happened before."""

@@ -26,7 +26,7 @@ from rich.text import Text
 from deploy.broker import BrokerConfig, EmbeddedBroker
 from deploy.chaos.bundle import random_bundle
 from deploy.chaos.faults import Faults, advance
-from deploy.chaos.fleet import Fleet
+from deploy.chaos.fleet import Fleet, Worker
 from deploy.chaos.load import Load, Sent
 from deploy.chaos.plan import SLOTS, ChaosConfig, ChaosError, Guarantee, plan
 from deploy.chaos.verify import State, Undisturbed, forecasts_differ, letters_differ, states_differ, undisturbed
@@ -38,7 +38,7 @@ from service.settings import Settings
 
 TICK_S = 0.05
 STALL_LIMIT_S = 120.0
-READY_LIMIT_S = 60.0
+ANSWER_LIMIT_S = 60.0
 TOLD_MAX = 10
 NAME = "chaos"
 PORTS = range(20_000, 32_000)
@@ -77,6 +77,7 @@ def run(config: ChaosConfig, console: Console | None = None) -> bool:
                 outcome = chaos.outcome()
             except ChaosError:
                 _list(console, "failures until then", chaos.failures)
+                chaos.fleet.abort()
                 raise
         _tell(chaos, outcome, console)
         keep = not outcome.equal
@@ -127,7 +128,9 @@ class Chaos:
             admin.close()
 
     def _note(self, text: str) -> None:
-        self.console.print(Text.assemble((f"{self.watch.seen.done:>7,}", "dim"), "  ", text))
+        """Say what happens: at what time, to be looked up in the logs, and at which record."""
+        when = f"{time.strftime('%H:%M:%S')} {self.watch.seen.done:>7,}"
+        self.console.print(Text.assemble((when, "dim"), "  ", text))
 
     def play(self) -> None:
         """All faults of the plan, and on until the whole input is done with."""
@@ -237,19 +240,28 @@ class Chaos:
     def _states(self, wanted: Undisturbed) -> dict[str, list[State]]:
         """What the workers say of each stream."""
         workers = [worker for worker in self.fleet.workers.values() if worker.wanted]
-        deadline = time.monotonic() + READY_LIMIT_S
-        while not all(worker.life.ready() for worker in workers):
-            self._turn()
-            if time.monotonic() > deadline:
-                raise ChaosError(f"not all workers were ready {READY_LIMIT_S:g} s after the end; see their logs")
-            time.sleep(TICK_S)
         told: dict[str, list[State]] = {}
+        for worker in workers:  # once all are ready: until then, who does not know a stream may only not know it yet
+            self._ask(worker, "/readyz")
         for stream in [*wanted.states, *wanted.ended]:
             for worker in workers:
-                state, detail = (worker.life.get(f"/v1/streams/{stream}{of}") for of in ("/state", ""))
-                if state:
+                if state := self._ask(worker, f"/v1/streams/{stream}/state"):
+                    detail = self._ask(worker, f"/v1/streams/{stream}")
                     told.setdefault(stream, []).append({**state, "count": detail and detail["count"]})
         return told
+
+    def _ask(self, worker: Worker, path: str) -> Any:
+        """What a worker answers; None: no such thing. Raises ChaosError if it does not answer in time."""
+        deadline = time.monotonic() + ANSWER_LIMIT_S
+        while True:
+            try:
+                return worker.life.get(path)
+            except (OSError, ValueError) as error:  # no answer, or no URL yet
+                if time.monotonic() > deadline:
+                    why = f"did not answer {path} for {ANSWER_LIMIT_S:g} s after the end: {error}"
+                    raise ChaosError(f"{worker.slot} {why} ({worker.life.log_file})") from error
+            self._turn()
+            time.sleep(TICK_S)
 
     def _load_differs(self) -> Iterator[str]:
         """Where the input is not what was sent. It is the truth all the same, but then the load is not what it says."""
