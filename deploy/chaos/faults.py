@@ -66,7 +66,7 @@ class Faults:
 
     @property
     def overdue_at(self) -> float:
-        """The progress at which the first fault was due that could not be done yet; infinite if there is none."""
+        """The progress at which the first fault was due that is not done yet; infinite if there is none."""
         return min((fault.at for fault in self._due), default=math.inf)
 
     def begin(self, fault: Fault) -> Iterator[None]:
@@ -157,10 +157,12 @@ class Faults:
         yield from self._settled(worker)
         partitions = self.owned(worker)
         began_at = self._tell(fault, partitions)
+        self._due.append(fault)  # the load must not be over before there was something that the older could not commit
         older = self.fleet.replace(worker)
         deadline = began_at + TWIN_LIMIT_S
         while older.status is None and time.monotonic() < deadline:
             yield
+        self._due.remove(fault)
         self._hit(fault, partitions, began_at)
         if older.status is None:
             self.failures.append(f"two processes ran as {worker.slot} for {TWIN_LIMIT_S:g} s ({older.log_file})")

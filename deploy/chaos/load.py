@@ -23,6 +23,10 @@ FORGETTING_GAP = 200
 """Steps that are more than the model bridges: the stream starts afresh."""
 ABORTED_MAX = 20
 TURN_S = 0.02
+BURST_S = 0.2
+"""How much of what was not sent in time is made up for at once."""
+TRICKLE = 5.0
+"""Observations a second that come whatever happens: who is fenced finds out when there is something to commit."""
 DELIVERY_TIMEOUT_MS = 600_000
 """Longer than any outage: nothing is given up, and so nothing is sent again under another number."""
 ABORT_ATTEMPTS = 5
@@ -135,7 +139,7 @@ def _garbage(dice: random.Random, series: Series) -> Sent:
 
 
 class Load(threading.Thread):
-    """Sends the items at a steady rate, never far (a tenth of them, or 500) ahead of `reached`, across all outages.
+    """Sends the items at a steady rate, across all outages; where it is far ahead of `reached`, only a trickle.
 
     `outage` is held while the broker is away; the load holds it while it has a transaction open, since a client that
     loses the coordinator in the middle of one may wait for ever (see the transport's traps).
@@ -202,10 +206,10 @@ class Load(threading.Thread):
         """The items when they are due. What a stall delayed is not made up for at once."""
         allowance, last = 0.0, time.monotonic()
         for item in self.items:
-            while not self._stopping.is_set() and (allowance < 1 or self.sent - self._reached() >= self.ahead):
-                self._stopping.wait(TURN_S)
+            while allowance < 1 and not self._stopping.wait(TURN_S):
+                rate = self.rate if self.sent - self._reached() < self.ahead else min(self.rate, TRICKLE)
                 now = time.monotonic()
-                allowance, last = min(allowance + (now - last) * self.rate, max(1, self.rate / 5)), now
+                allowance, last = min(allowance + (now - last) * rate, max(1, rate * BURST_S)), now
             if self._stopping.is_set():
                 return
             allowance -= 1
