@@ -173,7 +173,7 @@ class Load(threading.Thread):
         """Never raises; `failure` says why it ended early."""
         try:
             self._send()
-        except KafkaError as error:
+        except Exception as error:
             self.failure = f"the load could not be sent: {type(error).__name__}: {' '.join(str(error).split())}"
 
     def _send(self) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import random
 import shutil
 import socket
-import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from deploy.broker import BrokerConfig, EmbeddedBroker
@@ -28,7 +25,8 @@ from deploy.chaos.bundle import random_bundle
 from deploy.chaos.faults import Faults, advance
 from deploy.chaos.fleet import Fleet, Worker
 from deploy.chaos.load import Load, Sent
-from deploy.chaos.plan import SLOTS, ChaosConfig, ChaosError, Guarantee, plan
+from deploy.chaos.plan import SLOTS, ChaosConfig, ChaosError, plan
+from deploy.chaos.report import Outcome, listed, tell
 from deploy.chaos.verify import State, Undisturbed, forecasts_differ, letters_differ, states_differ, undisturbed
 from deploy.chaos.watch import Watch, read
 from deploy.java import signals_interrupt
@@ -39,24 +37,9 @@ from service.settings import Settings
 TICK_S = 0.05
 STALL_LIMIT_S = 120.0
 ANSWER_LIMIT_S = 60.0
-TOLD_MAX = 10
 NAME = "chaos"
 PORTS = range(20_000, 32_000)
 """Below those that clients are given: while the broker is away, none may take its port by chance."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came out of a run. records: of the input; differences, failures: what ought not to have been."""
-
-    records: int
-    wanted: Undisturbed
-    differences: Sequence[str]
-    failures: Sequence[str]
-
-    @property
-    def equal(self) -> bool:
-        return not self.differences and not self.failures
 
 
 def run(config: ChaosConfig, console: Console | None = None) -> bool:
@@ -76,10 +59,10 @@ def run(config: ChaosConfig, console: Console | None = None) -> bool:
                 chaos.play()
                 outcome = chaos.outcome()
             except ChaosError:
-                _list(console, "failures until then", chaos.failures)
+                console.print(listed("failures until then", chaos.failures), markup=False, end="")
                 chaos.fleet.abort()
                 raise
-        _tell(chaos, outcome, console)
+        tell(outcome, console)
         keep = not outcome.equal
     except KeyboardInterrupt:
         keep = False
@@ -230,7 +213,16 @@ class Chaos:
                 *letters_differ(wanted, letters, guarantee),
                 *states_differ(wanted, states),
             ]
-        return Outcome(len(self.input), wanted, differences, [*self._load_differs(), *self.failures])
+        return Outcome(
+            config=self.config,
+            recoveries=self.faults.recoveries,
+            restarts=self.fleet.restarts,
+            records=len(self.input),
+            aborted=self.load.aborted,
+            wanted=wanted,
+            differences=differences,
+            failures=[*self._load_differs(), *self.failures],
+        )
 
     @property
     def failures(self) -> list[str]:
@@ -302,45 +294,3 @@ def _port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise ChaosError(f"no port is free between {PORTS.start} and {PORTS.stop}")
-
-
-def _tell(chaos: Chaos, outcome: Outcome, console: Console) -> None:
-    """Tables of faults and of what came out; then the verdict."""
-    console.print(_faults_table(chaos))
-    wanted, fleet = outcome.wanted, chaos.fleet
-    restarts = ", ".join(f"{count} after {why}" for why, count in fleet.restarts.items()) or "none"
-    console.print(
-        f"restarts      {restarts}\n"
-        f"input         {outcome.records:,} records; {chaos.load.aborted:,} more were aborted\n"
-        f"forecasts     {sum(map(len, wanted.forecasts.values())):,} of {len(wanted.forecasts):,} streams\n"
-        f"dead letters  {sum(wanted.letters.values()):,}, for {len({x.reason for x in wanted.letters})} reasons\n"
-        f"final states  {len(wanted.states):,} alive, {len(wanted.ended):,} ended"
-    )
-    _list(console, "differences", outcome.differences)
-    _list(console, "failures", outcome.failures)
-    if outcome.equal:
-        console.print(f"[bold green]nobody could tell:[/bold green] {_claim(chaos.config.guarantee)}")
-    else:
-        console.print(f"[bold red]this run can be told from an undisturbed one[/bold red] (seed {chaos.config.seed})")
-
-
-def _list(console: Console, what: str, lines: Sequence[str]) -> None:
-    if lines:
-        console.print(f"[bold red]{len(lines):,} {what}[/bold red]")
-        console.print("\n".join(f"  {line}" for line in lines[:TOLD_MAX]), markup=False)
-
-
-def _claim(guarantee: Guarantee) -> str:
-    if guarantee == "exactly_once":
-        return "each forecast and dead letter once, all as in an undisturbed run; all final states equal"
-    return "each forecast and dead letter at least once, all as in an undisturbed run; all final states equal"
-
-
-def _faults_table(chaos: Chaos) -> Table:
-    table = Table("fault", "times", "recoveries", "median", "longest")
-    for kind, count in chaos.config.counts.items():
-        took = [r.took_s for r in chaos.faults.recoveries if r.kind is kind and r.took_s is not None]
-        spans = (f"{statistics.median(took):.1f} s", f"{max(took):.1f} s") if took else ("", "")
-        if count:
-            table.add_row(kind, str(count), str(len(took)), *spans)
-    return table

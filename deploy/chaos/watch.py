@@ -66,7 +66,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self._stopping.is_set():
-            with suppress(KafkaError), admin_client(self.servers) as admin:
+            with suppress(Exception), admin_client(self.servers) as admin:  # a broker that dies may answer anything
                 while not self._stopping.wait(EVERY_S):
                     self.seen = self._ask(admin)
             self._stopping.wait(EVERY_S)
