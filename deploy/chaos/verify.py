@@ -6,7 +6,6 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -145,50 +144,30 @@ def forecasts_differ(wanted: Undisturbed, records: Iterable[Record], guarantee: 
         forecast = _forecast(record, record.offset)
         found[record.partition, forecast.fields["stream"]].append(forecast)
     for line in sorted(wanted.forecasts.keys() | found.keys()):
-        differ = _once_each if guarantee == "exactly_once" else _at_least_once
-        told = differ(wanted.forecasts.get(line, ()), found[line])
-        if told:
+        if told := _forecasts_differ(wanted.forecasts.get(line, ()), found[line], guarantee):
             yield f"forecasts, partition {line[0]}, {told}"
 
 
-def _once_each(wanted: Sequence[Forecast], found: Sequence[Forecast]) -> str:
+def _forecasts_differ(wanted: Sequence[Forecast], found: Sequence[Forecast], guarantee: Guarantee) -> str:
     """The first difference of a stream's forecasts from those wanted; "" if there is none."""
-    places, all_found = {forecast.place for forecast in wanted}, Counter(forecast.place for forecast in found)
-    for want, got in zip_longest(wanted, found):
-        if want and got and want.place == got.place:
-            if told := _changed(want, got):
-                return told
-        elif want and want.place not in all_found:
-            return f"{_of(want)} is lost"
-        elif got and got.place not in places:
-            return f"offset {got.offset}: {got.name} ought not to be"
-        elif got and all_found[got.place] > 1:
-            return f"offset {got.offset}: {got.name} is doubled"
-        else:
-            where = got or want
-            return f"offset {where.offset}: {where.name} is out of order" if where else ""
-    return ""
-
-
-def _at_least_once(wanted: Sequence[Forecast], found: Sequence[Forecast]) -> str:
-    """The same, where doubles are allowed."""
-    by_place: dict[tuple[int, int, int], list[Forecast]] = defaultdict(list)
+    wanted_at, found_at = (Counter(forecast.place for forecast in each) for each in (wanted, found))
     for want in wanted:
-        by_place[want.place].append(want)  # more than one where a stream ended and began again
-    for got in found:
-        if got.place not in by_place:
+        if found_at[want.place] < (wanted_at[want.place] if guarantee == "exactly_once" else 1):
+            return f"{want.name}, of the observation at offset {want.offset}, is lost"
+    for got in reversed(found):
+        if got.place not in wanted_at:
             return f"offset {got.offset}: {got.name} ought not to be"
-        if all(told := [_changed(want, got) for want in by_place[got.place]]):
-            return told[0]
-    lost = by_place.keys() - {got.place for got in found}
-    return next((f"{_of(want)} is lost" for want in wanted if want.place in lost), "")
-
-
-def _of(want: Forecast) -> str:
-    return f"{want.name}, of the observation at offset {want.offset},"
+        if found_at[got.place] > wanted_at[got.place] and guarantee == "exactly_once":
+            return f"offset {got.offset}: {got.name} is doubled"
+    if guarantee == "exactly_once":
+        return next(filter(None, map(_changed, wanted, found)), "")
+    by_place = {want.place: want for want in wanted}
+    return next(filter(None, (_changed(by_place[got.place], got) for got in found)), "")
 
 
 def _changed(want: Forecast, got: Forecast) -> str:
+    if want.place != got.place:
+        return f"offset {got.offset}: {got.name} is out of order"
     for name, value in want.fields.items():
         if got.fields.get(name) != value:
             return f"offset {got.offset}: {got.name} has {name} {got.fields.get(name)!r}, not {value!r}"
