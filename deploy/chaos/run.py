@@ -267,7 +267,7 @@ class Chaos:
 
 def _flags(config: ChaosConfig, bundle: Path, servers: str) -> dict[str, Any]:
     """The settings of all workers."""
-    flags = {
+    return {
         "model": bundle,
         "bootstrap_servers": servers,
         "group_id": NAME,
@@ -284,8 +284,6 @@ def _flags(config: ChaosConfig, bundle: Path, servers: str) -> dict[str, Any]:
         "snapshot_interval_s": 3,
         "session_timeout_ms": config.session_timeout_ms,
     }
-    # Until exactly-once is merged, the service does not know all of these.
-    return {name: value for name, value in flags.items() if name in Settings.model_fields}
 
 
 def _port() -> int:

@@ -96,7 +96,9 @@ def undisturbed(bundle: Bundle, settings: Settings, records: Iterable[Record]) -
 
 def _process(engine: Engine, chunk: Sequence[Record]) -> Sequence[Outgoing]:
     """All that is asked of the engine."""
-    return engine.process(chunk)
+    outgoing = engine.process(chunk)
+    engine.commit({record.partition: record.offset + 1 for record in chunk})
+    return outgoing
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
