@@ -25,8 +25,8 @@ ABORTED_MAX = 20
 TURN_S = 0.02
 BURST_S = 0.2
 """How much of what was not sent in time is made up for at once."""
-AHEAD = 500
-"""Observations that may wait to be done with: enough for bursts, and for those whom a fault did not hit to go on."""
+AHEAD_MAX = 500
+"""Observations that may wait to be done with, at most: enough for bursts, and for whom a fault did not hit to go on."""
 TRICKLE = 5.0
 """Observations a second that come whatever happens: who is fenced finds out when there is something to commit."""
 DELIVERY_TIMEOUT_MS = 600_000
@@ -153,6 +153,7 @@ class Load(threading.Thread):
         super().__init__(name="load", daemon=True)
         self.items: Sequence[Item] = items(config)
         self.records = sum(isinstance(item, Sent) for item in self.items)
+        self.ahead = min(AHEAD_MAX, len(self.items) // 10)
         self.rate, self.servers, self.topic = config.rate, servers, topic
         self.sent = 0
         self.aborted = 0
@@ -208,7 +209,7 @@ class Load(threading.Thread):
         allowance, last = 0.0, time.monotonic()
         for item in self.items:
             while allowance < 1 and not self._stopping.wait(TURN_S):
-                rate = self.rate if self.sent - self._reached() < AHEAD else min(self.rate, TRICKLE)
+                rate = self.rate if self.sent - self._reached() < self.ahead else min(self.rate, TRICKLE)
                 now = time.monotonic()
                 allowance, last = min(allowance + (now - last) * rate, max(1, rate * BURST_S)), now
             if self._stopping.is_set():

@@ -14,7 +14,7 @@ Guarantee = Literal["exactly_once", "at_least_once"]
 
 SLOTS = ("w0", "w1")
 """The workers that are there from the start."""
-FIRST, LAST = 0.05, 0.9
+FIRST, LAST = 0.05, 0.85
 """Faults fall into this part of the run: something is there to be lost, and something left to go on with."""
 TWICE = 0.25
 """Share of kills that hit the worker once more while it comes back."""

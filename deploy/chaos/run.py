@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -232,15 +232,26 @@ class Chaos:
     def _states(self, wanted: Undisturbed) -> dict[str, list[State]]:
         """What the workers say of each stream."""
         workers = [worker for worker in self.fleet.workers.values() if worker.wanted]
+        self._await_owners(workers)
         told: dict[str, list[State]] = {}
-        for worker in workers:  # once all are ready: until then, who does not know a stream may only not know it yet
-            self._ask(worker, "/readyz")
         for stream in [*wanted.states, *wanted.ended]:
             for worker in workers:
                 if state := self._ask(worker, f"/v1/streams/{stream}/state"):
                     detail = self._ask(worker, f"/v1/streams/{stream}")
                     told.setdefault(stream, []).append({**state, "count": detail and detail["count"]})
         return told
+
+    def _await_owners(self, workers: Sequence[Worker]) -> None:
+        """Until they have all partitions and are ready: before, who does not know a stream may not know it yet."""
+        deadline = time.monotonic() + ANSWER_LIMIT_S
+        partitions = frozenset(range(self.config.partitions))
+        while frozenset().union(*map(self.faults.owned, workers)) != partitions:
+            if time.monotonic() > deadline:
+                raise ChaosError(f"not all partitions had an owner {ANSWER_LIMIT_S:g} s after the end")
+            self._turn()
+            time.sleep(TICK_S)
+        for worker in workers:
+            self._ask(worker, "/readyz")
 
     def _ask(self, worker: Worker, path: str) -> Any:
         """What a worker answers; None: no such thing. Raises ChaosError if it does not answer in time."""
