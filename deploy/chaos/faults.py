@@ -108,7 +108,7 @@ class Faults:
 
     def _kill(self, fault: Fault) -> Iterator[None]:
         worker = self.fleet.workers[fault.slot]
-        while not (life := worker.life).url or life.status is not None:  # what only begins has nothing to lose
+        while not (life := worker.life).serving:  # what only begins has nothing to lose
             yield
         partitions = self.owned(worker)
         life.kill()

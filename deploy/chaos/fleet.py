@@ -60,6 +60,11 @@ class Life:
             self._url = found[1]
         return self._url
 
+    @property
+    def serving(self) -> bool:
+        """Whether it has come as far as to join its group, and lives."""
+        return bool(self.url) and not self.killed and self.status is None
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

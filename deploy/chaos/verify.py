@@ -23,8 +23,8 @@ from service.settings import Settings
 
 TOLERANCE = 1e-4
 """Of a stream's scale. The same step in another company of streams sums its floats in another order. Measured: polled
-record by record or thousands at once, forecasts agree to the last digit that is written; one observation lost moves all
-later ones of its stream by some 0.1."""
+record by record or thousands at once, forecasts differ by the last digit written at most; one observation lost moves
+all later ones of its stream by some 0.1."""
 ROUNDING = 1e-5
 """Of a stream's scale: forecasts are written in steps of at most that, so two that nearly agree may be one apart."""
 
