@@ -2,6 +2,7 @@
 # make test    the tests, with genuine Kafka
 # make check   what CI checks: style, types
 # make bench   how fast, beside the limits
+# make chaos   what it survives: workers and Kafka killed, stopped, thrown out; some minutes
 # make setup   .venv with all that these need (each of them calls it)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check format bench clean
+.PHONY: setup demo test check format bench chaos clean
 
 setup: $(READY)
 
@@ -39,6 +40,9 @@ format: $(READY)
 
 bench: $(READY)
 	@$(BIN)/carousel bench $(ARGS)
+
+chaos: $(READY)
+	@$(BIN)/carousel chaos $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import secrets
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -227,6 +229,49 @@ def bench(
         bench_restore.run(restore, config)
     else:
         bench.run(config)
+
+
+@app.command()
+def chaos(
+    short: Annotated[bool, typer.Option("--short", help="The small run that `make test` makes, of some 40 s.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Equal seeds give equal loads and faults.  \\[default: drawn anew, and told]")
+    ] = None,
+    observations: Annotated[int | None, typer.Option(help="Observations that are sent.  \\[default: 20000]")] = None,
+    streams: Annotated[int | None, typer.Option(help="Streams that they are of.  \\[default: 500]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Most observations sent a second.  \\[default: 300]")] = None,
+    kills: Annotated[int | None, typer.Option(help="How often a worker is killed -9.  \\[default: 20]")] = None,
+    terms: Annotated[int | None, typer.Option(help="How often one is stopped by SIGTERM.  \\[default: 2]")] = None,
+    stops: Annotated[
+        int | None, typer.Option(help="How often one is stopped (SIGSTOP) beyond its session.  \\[default: 2]")
+    ] = None,
+    adds: Annotated[int | None, typer.Option(help="How many workers are added and removed.  \\[default: 1]")] = None,
+    twins: Annotated[int | None, typer.Option(help="How often two processes take one slot.  \\[default: 1]")] = None,
+    evictions: Annotated[
+        int | None, typer.Option(help="How often one is thrown out of its group.  \\[default: 2]")
+    ] = None,
+    broker_kills: Annotated[int | None, typer.Option(help="How often Kafka is killed -9.  \\[default: 3]")] = None,
+    aborts: Annotated[
+        int | None, typer.Option(help="Transactions of observations that are aborted.  \\[default: 12]")
+    ] = None,
+    guarantee: Annotated[
+        str | None, typer.Option(help="exactly_once or at_least_once.  \\[default: exactly_once]")
+    ] = None,
+    limit_s: Annotated[float | None, typer.Option(help="Give up after so many seconds.  \\[default: 1800]")] = None,
+) -> None:
+    """Torment workers and Kafka with a seeded plan of faults, then prove that the forecasts are as if nothing happened.
+
+    Status 0 only if every forecast, every dead letter and every final state equals those of an undisturbed run.
+    """
+    from deploy.chaos.plan import SHORT, ChaosConfig
+    from deploy.chaos.run import run
+
+    quiet("kafka")
+    given = {name: value for name, value in locals().items() if name in ChaosConfig.__annotations__}
+    given["seed"] = secrets.randbelow(10**6) if seed is None else seed
+    config = {name: value for name, value in given.items() if value is not None}
+    if not run(replace(SHORT if short else ChaosConfig(), **config)):
+        raise typer.Exit(1)
 
 
 def command_of_settings() -> Any:

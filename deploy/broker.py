@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,12 +131,17 @@ class EmbeddedBroker:
 
         Raises BrokerError when Kafka cannot be fetched, the port is taken, java dies, or `ready_s` is over.
         """
+        for _ in self.starting():
+            time.sleep(POLL_S)
+
+    def starting(self) -> Iterator[None]:
+        """`start` for whoever has other things to do while it waits: exhausted when the broker answers."""
         if self._process is not None and self.poll() is None:
             raise BrokerError(f"the broker runs already, at {self.bootstrap_servers}")
         try:
             distribution = self._distribution or installed(_train, self._on_progress)
             self._on_progress("starting Apache Kafka")
-            self._start(distribution)
+            yield from self._start(distribution)
         except OSError as error:
             self._clean_up(keep_log=False)
             raise BrokerError(f"cannot start Apache Kafka: {error}") from error
@@ -160,7 +166,7 @@ class EmbeddedBroker:
             status = self._process.wait()
             raise failure(f"Apache Kafka {ending(status)}", self.log_file, self._log_start)
 
-    def _start(self, distribution: Distribution) -> None:
+    def _start(self, distribution: Distribution) -> Iterator[None]:
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Kafka's own lock is taken too late: until then a second node writes into the first one's metadata.
         with locked_log(self.log_file) as output:
@@ -172,7 +178,7 @@ class EmbeddedBroker:
                 self._log_start = self.log_file.stat().st_size
                 command = distribution.command("kafka.Kafka", "server.properties")
                 self._process = spawn(command, self.data_dir, output)
-                if self._await_ready(self._process):
+                if (yield from self._await_ready(self._process)):
                     return
         raise BrokerError(f"no free port: {PORT_ATTEMPTS} were taken by others before Kafka could open them")
 
@@ -191,7 +197,7 @@ class EmbeddedBroker:
             tool = ("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "--config=server.properties")
             run_to_end(distribution.command(*tool), self.data_dir, output)
 
-    def _await_ready(self, process: subprocess.Popen[bytes]) -> bool:
+    def _await_ready(self, process: subprocess.Popen[bytes]) -> Generator[None, None, bool]:
         """Wait until the broker answers; False when another process took one of its ports."""
         cluster = _find(r"^cluster\.id=(\S+)", self._meta_file) or ""
         deadline = time.monotonic() + self.config.ready_s
@@ -203,7 +209,7 @@ class EmbeddedBroker:
                 raise failure(what, self.log_file, self._log_start)
             if _answers(self.port, cluster):
                 return True
-            time.sleep(POLL_S)
+            yield
         what = f"Apache Kafka did not answer within {self.config.ready_s:g} s"
         raise failure(what, self.log_file, self._log_start)
 

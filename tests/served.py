@@ -15,28 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
-from model.bundle import save_bundle
-from model.config import ModelConfig
-from model.grid import Grid
-from model.network import Forecaster
+from deploy.chaos.bundle import HOUR_MS
+from deploy.chaos.bundle import random_bundle as random_bundle
 
-HOUR_MS = 3_600_000
 START_MS = 1_700_000_000_000 // HOUR_MS * HOUR_MS
 LIMIT_S = 90.0
-
-
-def random_bundle(directory: Path, **config: Any) -> Path:
-    """A bundle of random weights, small and the same every time; hourly with a daily season unless told."""
-    torch.manual_seed(7)
-    shape = {"grid": Grid(HOUR_MS), "season": 24, "horizon": 6, "hidden_size": 16, "quantiles": (0.1, 0.5, 0.9)}
-    forecaster = Forecaster(ModelConfig(**(shape | config)))
-    for parameter in forecaster.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    save_bundle(directory, forecaster, name="random", training={}, scores={})
-    return directory
 
 
 def until(what: str, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:

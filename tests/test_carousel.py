@@ -14,7 +14,7 @@ import pytest
 from service.settings import Settings
 from tests.served import random_bundle
 
-COMMANDS = ("demo", "train", "backtest", "serve", "replay", "broker", "bench")
+COMMANDS = ("demo", "train", "backtest", "serve", "replay", "broker", "bench", "chaos")
 
 
 def carousel(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import OffsetSpec
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import (
     CommitFailedError,
     CorruptRecordError,
@@ -40,6 +39,7 @@ from kafka.structs import MemberState, OffsetAndMetadata
 from service.errors import AbortedError, DisconnectedError, LostStateError, ServiceError
 from service.records import Outgoing, Record
 from service.settings import Settings
+from service.transport.assignor import DisputeAssignor
 from service.transport.contract import Bounds, Offset, Polled
 from service.transport.topics import RECORD_BYTES_MAX, prepare_topics
 
@@ -133,7 +133,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             heartbeat_interval_ms=settings.session_timeout_ms // 10,
             max_poll_interval_ms=settings.max_poll_interval_ms,
             metadata_max_age_ms=METADATA_AGE_MS,
-            partition_assignment_strategy=[CooperativeStickyAssignor],
+            partition_assignment_strategy=[DisputeAssignor],
             # No deserializers: one that raises makes later polls spin for ever (trap 6).
         )
         consumer.subscribe([self.topic], listener=self)
