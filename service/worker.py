@@ -29,6 +29,10 @@ BATCH_BYTES_MAX = 32 << 20
 """A batch is closed at this size, whatever the settings say of records: it is held in memory several times over."""
 WATCH_EVERY_S = 1.0
 RECONNECT_S = 1.0
+STILL_HERE_S = 5.0
+"""Where there is nothing to commit for so long, an offset is committed again: only who commits finds out that another
+has taken its place, and must not go on answering over HTTP.
+"""
 STALLED_S = 180.0
 """Longer than a commit may wait for a broker that is away: a restart would not bring it back."""
 ALONE_LIVES = 2
@@ -72,7 +76,7 @@ class Worker:
         self._offsets: dict[int, int] = {}
         """Of live partitions, the committed offsets."""
         self._unnoted: set[int] = set()
-        """Live partitions of which what is noted beside the offset is missing, or true no more."""
+        """Live partitions whose offset and note are to be committed though nothing came."""
         self._trials: dict[int, Trial] = {}
         """Live partitions of which nothing was committed in this session yet, with what was said of the last."""
 
@@ -327,6 +331,8 @@ class Worker:
         if lags is None:
             return
         self._check_partitions()
+        if self._keepers and self._clock_s() - self._committed_at > STILL_HERE_S:
+            self._unnoted.add(min(self._keepers))
         if self._restores:
             done = sum(restore.progress for restore, _, _ in self._restores.values()) / len(self._restores)
             self._set_unready(

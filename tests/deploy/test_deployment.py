@@ -543,7 +543,7 @@ class TestGrafana:
                 assert [matcher.value for matcher in chosen] == [VARIABLES["$instance"]], query
 
 
-UNITS = {"bytes", "cps", "percentunit", "reqps", "s", "short", "string"}
+UNITS = {"Bps", "bytes", "cps", "percentunit", "reqps", "s", "short", "string"}
 """Of Grafana's units, those that are used."""
 VARIABLES = {"$__rate_interval": "10s", "$instance": ".+"}
 
