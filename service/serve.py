@@ -39,8 +39,6 @@ def serve(settings: Settings) -> None:
     server = HttpServer(settings)
     url = settings.advertised_url or server.url
     log.info("serving %s: %s", bundle.model_id, server.url)
-    if settings.slot and not settings.advertised_url and not settings.http_port:
-        log.warning("slot %s: Kafka keeps the URL of its first life; give a port or --advertised-url", settings.slot)
     owners: Owners | None = None
     try:
         hub = EventHub(settings.forecasts_topic, metrics)

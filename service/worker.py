@@ -218,6 +218,14 @@ class Worker:
         else:
             self._restores[partition] = restore, steps, began_s
         self.metrics.restoring.set(len(self._restores))
+        self.metrics.restore_progress.set(self._restored)
+
+    @property
+    def _restored(self) -> float:
+        """The part of the restorations that is done."""
+        return (
+            sum(one.progress for one, _, _ in self._restores.values()) / len(self._restores) if self._restores else 1.0
+        )
 
     def _trial(self, partition: int, note: Note | None) -> Trial:
         trial = (note.trial if note else None) or Trial(0, 0)

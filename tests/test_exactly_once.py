@@ -73,6 +73,26 @@ def test_a_worker_killed_at_any_moment_goes_on_as_if_it_had_not_been(
         assert served.stop() == 0
 
 
+def test_of_two_processes_with_one_slot_the_older_ends_and_says_so_even_if_nothing_comes(
+    bundle: Path, bootstrap_servers: str, tmp_path: Path
+) -> None:
+    with serving(bundle, bootstrap_servers, tmp_path, slot="w0") as older:
+        newer = Served(older.servers, older.settings, tmp_path / "newer.log")
+        newer.start()
+        try:
+            until("the end of the older one", lambda: older.process.poll() is not None)
+            assert older.process.returncode == 1
+            assert "another worker has taken slot 'w0'" in older.log_file.read_text().splitlines()[-1]
+            newer.produce(hours(0, 3))
+            assert {stream: [n for n, _ in said] for stream, said in told(newer, 24).items()} == {
+                f"s{n}": [1, 2, 3] for n in range(8)
+            }
+            assert newer.stop() == 0
+        finally:
+            if newer.process.poll() is None:
+                newer.process.kill()
+
+
 class NotUtf8(str):
     """The name of a header as no well-behaved producer writes it."""
 

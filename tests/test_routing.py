@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import signal
+import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ JAVA = [f"java {n}" for n in range(12)]
 LIBRDKAFKA = [f"librdkafka/{n}" for n in range(12)]
 BY_HAND = [f"by hand {n}?" for n in range(12)]
 STREAMS = JAVA + LIBRDKAFKA + BY_HAND
+PATHS = [f"/v1/streams/{stream}" for stream in JAVA]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +139,47 @@ def test_what_was_passed_on_is_not_passed_on_again(pair: tuple[Served, Served]) 
     assert forwards() == before
 
 
+def test_while_partitions_move_each_answer_is_right_or_an_honest_503(
+    pair: tuple[Served, Served], tmp_path: Path
+) -> None:
+    """A third worker comes and goes three times, so the group rebalances at least five times."""
+    right = {stream: pair[0].predict(stream=stream) for stream in STREAMS}
+    over, wrong, statuses = threading.Event(), list[str](), Counter[int]()
+
+    def ask_on(worker: Served, client: httpx.Client) -> None:
+        for stream in itertools.cycle(STREAMS):
+            if over.is_set():
+                return
+            answer = client.post(f"{worker.url}/v1/predict", json={"stream": stream})
+            statuses[answer.status_code] += 1
+            if answer.status_code == 503:
+                if "retry-after" not in answer.headers:
+                    wrong.append("a 503 without Retry-After")
+                time.sleep(0.05)
+            elif answer.status_code != 200 or answer.json() != right[stream]:
+                wrong.append(f"{stream}: {answer.status_code} {answer.text[:200]}")
+
+    third = Served(pair[0].servers, pair[0].settings, tmp_path / "third.log")
+    with ThreadPoolExecutor(4) as threads, httpx.Client(timeout=8) as client:
+        asking = [threads.submit(ask_on, worker, client) for worker in pair * 2]
+        try:
+            for _ in range(3):
+                third.start()
+                until("its share", lambda: partitions_of(third) > 0)
+                assert third.stop() == 0
+                until("all partitions again", lambda: sum(map(partitions_of, pair)) == PARTITIONS)
+            until("all to be answered again", lambda: {ask(pair[0], path).status_code for path in PATHS} == {200})
+        finally:
+            over.set()
+            if third.process.poll() is None:
+                third.process.kill()
+        for each in asking:
+            each.result()  # no time-out, no connection lost
+    logging.getLogger(__name__).info("requests while partitions moved, by status: %s", dict(statuses))
+    assert not wrong, wrong[:5]
+    assert statuses[200] > 1_000
+
+
 def test_one_that_hangs_or_ends_is_503_until_the_other_has_its_streams(pair: tuple[Served, Served]) -> None:
     first, second = pair
     theirs = [
@@ -162,3 +209,30 @@ def test_one_that_hangs_or_ends_is_503_until_the_other_has_its_streams(pair: tup
     produce(first, range(STEPS, STEPS + 1))
     until("an answer for each stream", lambda: first.get("/v1/streams")["total"] == len(STREAMS))
     assert {answer["ts"] for answer in said(first)[: len(STREAMS)]} == {START_MS + STEPS * 3_600_000}
+
+
+def test_a_slot_that_comes_back_under_another_url_is_found_there(
+    bundle: Path, bootstrap_servers: str, tmp_path: Path
+) -> None:
+    with serving(bundle, bootstrap_servers, tmp_path, PARTITIONS, session_timeout_ms=6_000, slot="w0") as first:
+        second = Served(first.servers, {**first.settings, "slot": "w1"}, tmp_path / "second.log")
+        second.start()
+        try:
+            until("a fair share each", lambda: partitions_of(first) == partitions_of(second) == 2)
+            produce(first, range(1))
+            first.read(first.forecasts, len(STREAMS))
+            before = second.url
+            second.process.kill()
+            second.process.wait()
+            second.start()
+            assert second.url != before
+
+            def all_answered() -> bool:
+                return {ask(first, "/v1/predict", json={"stream": stream}).status_code for stream in JAVA} == {200}
+
+            until("the first to ask it there", all_answered)
+            assert first.predict(stream=JAVA[0]) == second.predict(stream=JAVA[0])
+            assert second.stop() == 0
+        finally:
+            if second.process.poll() is None:
+                second.process.kill()

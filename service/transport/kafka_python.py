@@ -8,6 +8,7 @@ only a new session can tell: its producer, by the same transactional id, ends wh
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.admin import OffsetSpec
+from kafka.admin import MemberToRemove, OffsetSpec
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.errors import (
     CommitFailedError,
@@ -84,6 +85,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         self._revoked: set[int] = set()
         self._started: set[int] = set()
         self._settled_s = time.monotonic()
+        self._url_due_s = self._settled_s + settings.session_timeout_ms / 1000 if settings.slot else math.inf
         self._clients: list[Any] = []
         try:
             with self._answered("its topics"):
@@ -175,6 +177,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         with self._answered(f"polling {self.topic}"):
             polled = self._consumer.poll(timeout_ms, max_records=max_records)
         self._check_settled()
+        self._check_url()
         if not self.partitions:  # trap 8, before it has us
             raise DisconnectedError(f"topic {self.topic} is gone")
         with self._noted:
@@ -183,6 +186,21 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         self._started -= revoked
         records = [record_of(r) for batch in polled.values() for r in batch if r.partition not in revoked]
         return Polled(records, assigned, revoked)
+
+    def _check_url(self) -> None:
+        """Kafka keeps the client id under which a slot's first life joined, and by it other workers ask for its
+        streams. One that has come back under another joins anew, once whoever had the slot before is surely gone.
+        """
+        if time.monotonic() < self._url_due_s or not self.stable:
+            return
+        self._url_due_s = math.inf
+        with self._answered("the group"):
+            members = self._admin.describe_groups([self.settings.group_id])[self.settings.group_id]["members"]
+            own = [member for member in members if member["group_instance_id"] == self.settings.slot]
+            if any(member["client_id"] != self._common["client_id"] for member in own):
+                log.info("slot %s has a new URL: joining the group anew", self.settings.slot)
+                leaving = MemberToRemove(group_instance_id=self.settings.slot)
+                self._admin.remove_group_members(self.settings.group_id, [leaving])
 
     def _check_settled(self) -> None:
         if self.stable:

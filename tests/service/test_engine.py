@@ -264,6 +264,18 @@ def test_live_scores_tell_how_good_the_open_forecasts_were(bundle: Bundle) -> No
     assert state["naive_error"] == pytest.approx(np.dot(weights, naive), rel=1e-9)
 
 
+def test_a_replay_passes_over_what_a_stream_has_behind_it(bundle: Bundle) -> None:
+    """Snapshots are of different ages: of a younger one, the replay meets records that are in it already."""
+    end = Record("carousel.observations", 0, 2, START_MS, b"a", None)
+    for covered, left in ((6, ["a"]), (2, [])):
+        engine = engine_of(bundle)
+        engine.process(hourly("a", dict.fromkeys(range(6), 1.0)))
+        engine.commit({0: 6})
+        engine.partition(0).replay([])
+        engine.replay(0, [end], lambda _stream, covered=covered: covered)  # type: ignore[misc]
+        assert list(engine.arena.streams(0)) == left
+
+
 def numbered(records: list[Record]) -> list[Record]:
     return [dataclasses.replace(r, offset=offset) for offset, r in enumerate(records)]
 
