@@ -17,7 +17,7 @@ from tests.served import until
 
 
 def settings_for(servers: str, name: str) -> Settings:
-    topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters")}
+    topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters", "state")}
     return Settings.load({"model": "unused", "bootstrap_servers": servers, "group_id": name, **topics})
 
 
@@ -30,7 +30,7 @@ def test_members_are_described_by_the_urls_that_they_gave_as_client_ids(bootstra
 
     def settled() -> Described | None:
         for name, member in zip(names, members, strict=True):
-            polled = member.poll(100)
+            polled = member.poll(100, 1)
             partitions[name] = partitions[name] - polled.revoked | polled.assigned
         described = group.describe()
         if described and described.stable and all(len(mine) == 1 for mine in partitions.values()):
@@ -52,7 +52,7 @@ def test_a_broker_that_is_away_is_no_answer_in_time_and_leaves_nothing_behind(tm
     with EmbeddedBroker(data) as broker:
         settings = settings_for(broker.bootstrap_servers, "away")
         member, group = KafkaPython(settings, "http://127.0.0.1:1"), KafkaPythonGroup(settings)
-        until("the group", lambda: member.poll(100).assigned)
+        until("the group", lambda: member.poll(100, 1).assigned)
         until("its description", group.describe)
         member.close()
         assert broker.pid
