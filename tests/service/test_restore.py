@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from model.bundle import Bundle, load_bundle
 from service.engine import Engine
 from service.errors import LostStateError
 from service.metrics import Metrics
-from service.records import Outgoing
+from service.records import Outgoing, Record
 from service.settings import Settings
 from service.transport.contract import Offset
 from service.worker import Worker
-from tests.served import observation, random_bundle
+from tests.served import observation, random_bundle, until
 from tests.service.memory import Killed, Log, MemoryTransport
 
 TOPIC, STATES, FORECASTS = "carousel.observations", "carousel.state", "carousel.forecasts"
@@ -261,6 +261,39 @@ def test_unchanged_buckets_are_not_written_again(bundle: Bundle, log: Log) -> No
     for _ in range(20):
         worker.turn()
     assert len(log.records[STATES, 0]) == written
+
+
+class Slow(MemoryTransport):
+    """A transport that brings nothing of partition 1's past until it is let."""
+
+    held = True
+
+    def read(self, topic: str, partition: int, first: int, end: int) -> Iterator[Sequence[Record]]:
+        while partition == 1 and self.held:
+            yield []
+        yield from super().read(topic, partition, first, end)
+
+
+def test_while_a_partition_is_restored_the_others_go_on_and_the_worker_is_not_ready(bundle: Bundle, log: Log) -> None:
+    produce(log, range(30, 31))
+    transport = Slow(log, TOPIC)
+    worker = worker_of(Engine, bundle, transport)
+
+    def turn_until(partition: int) -> None:
+        for _ in range(300):
+            worker.turn()
+            if log.offsets[partition].offset == len(log.records[TOPIC, partition]):
+                return
+        raise AssertionError("no progress")
+
+    turn_until(0)
+    assert worker.live == {0}
+    assert log.offsets[1].offset == 60, "nothing of the other one was looked at before its states were there"
+    assert "being restored" in worker.unready
+    transport.held = False
+    turn_until(1)
+    assert counts(log) == [31] * 4
+    until("readiness", lambda: worker.turn() or worker.ready)
 
 
 class Deadly(Engine):
