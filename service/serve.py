@@ -11,8 +11,10 @@ from types import FrameType
 import torch
 
 from model.bundle import load_bundle
+from model.errors import CarouselError
 from service.api import create_app
 from service.engine import Engine
+from service.errors import ServiceError
 from service.events import EventHub
 from service.metrics import Metrics
 from service.owners import Owners
@@ -53,11 +55,23 @@ def serve(settings: Settings) -> None:
         signal.signal(signal.SIGINT, stop)
         owners = Owners(engine, worker, KafkaPythonGroup(settings), url, metrics)
         server.start(create_app(engine, worker, settings, metrics, hub, owners), on_stop=hub.close)
-        worker.run()
+        _run(worker)
     finally:
         server.stop()
         if owners:
             owners.close()
+
+
+def _run(worker: Worker) -> None:
+    """Raises CarouselError, whatever it was: the last line that a service leaves shall say why it ended."""
+    try:
+        worker.run()
+    except CarouselError:
+        raise
+    except Exception as error:
+        log.exception("a fault of the worker itself")
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ServiceError(f"a fault of the worker itself ended it: {told}; started again, it goes on") from error
 
 
 def version_installed() -> str:

@@ -96,6 +96,9 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
                     with self._watchdog.over("begin"):
                         self._producer.init_transactions()  # ends what this worker's last life left open
                 self._consumer = self._opened(self._new_consumer())
+        except (ProducerFencedError, InvalidProducerEpochError) as error:  # another came between, this very moment
+            self.close()
+            raise DisconnectedError(f"the session could not begin: {line(error)}") from error
         except BaseException:
             self.close()
             raise
