@@ -30,7 +30,9 @@ REPLAYED = 5
 
 @dataclass(frozen=True)
 class Restored:
-    """What was measured; bytes are of the snapshots' values."""
+    """What was measured. snapshots, snapshot_bytes: the latest of each bucket; read_bytes: of all that a restore reads,
+    older ones that were not compacted yet among them.
+    """
 
     streams: int
     replayed: int
@@ -38,6 +40,7 @@ class Restored:
     bare_read_s: float
     snapshots: int
     snapshot_bytes: int
+    read_bytes: int
     row_bytes: int
 
 
@@ -62,7 +65,6 @@ def _measure(streams: int, bundle: Bundle, settings: Settings, tell: Callable[[s
     with _living(bundle, settings, snapshot_interval_s=0.001) as worker:
         while worker.metrics.forecasts._value.get() < streams or worker.unsaved:
             worker.turn()
-        snapshots, size = worker.metrics.snapshots._value.get(), worker.metrics.snapshot_bytes._value.get()
     with _living(bundle, settings, snapshot_interval_s=1e9) as worker:
         load(settings, again)
         while worker.metrics.forecasts._value.get() < len(again):
@@ -73,8 +75,8 @@ def _measure(streams: int, bundle: Bundle, settings: Settings, tell: Callable[[s
         restore_s = time.perf_counter() - started_s
         row_bytes = worker.engine.arena.schema.row_bytes
     tell("reading the same bytes")
-    bare_read_s = _bare_read(settings)
-    return Restored(streams, len(again), restore_s, bare_read_s, int(snapshots), int(size), row_bytes)
+    bare_read_s, latest, written = _bare_read(settings)
+    return Restored(streams, len(again), restore_s, bare_read_s, len(latest), sum(latest.values()), written, row_bytes)
 
 
 @contextmanager
@@ -92,8 +94,8 @@ def _living(bundle: Bundle, settings: Settings, **changed: float) -> Iterator[Wo
         worker.end_session()
 
 
-def _bare_read(settings: Settings) -> float:
-    """Seconds to read the state topic and to do nothing with it."""
+def _bare_read(settings: Settings) -> tuple[float, dict[bytes, int], int]:
+    """Seconds to read the state topic and no more; the latest snapshots' sizes by key, and that of all."""
     started_s = time.perf_counter()
     reader = KafkaConsumer(
         bootstrap_servers=settings.bootstrap_servers, isolation_level="read_committed", auto_offset_reset="earliest"
@@ -101,10 +103,15 @@ def _bare_read(settings: Settings) -> float:
     partitions = [TopicPartition(settings.state_topic, p) for p in range(PARTITIONS)]
     reader.assign(partitions)
     ends = reader.end_offsets(partitions)
+    latest: dict[bytes, int] = {}
+    total = 0
     while any(reader.position(tp) < end for tp, end in ends.items()):
-        reader.poll(100, max_records=5_000)
+        for records in reader.poll(100, max_records=5_000).values():
+            for record in records:
+                total += len(record.value or b"")
+                latest[record.key] = len(record.value or b"")
     reader.close()
-    return time.perf_counter() - started_s
+    return time.perf_counter() - started_s, {key: size for key, size in latest.items() if size}, total
 
 
 def _table(measured: Restored) -> Table:
@@ -116,7 +123,7 @@ def _table(measured: Restored) -> Table:
         ("limit: a bare read of the snapshots by kafka-python", f"{measured.bare_read_s:.1f} s"),
         ("restored", f"{measured.streams / measured.restore_s:,.0f} streams/s"),
         ("observations replayed in it", f"{measured.replayed:,}"),
-        ("snapshots", f"{measured.snapshots:,}, {megabytes:,.0f} MB in all"),
+        ("snapshots", f"{measured.snapshots:,}, {megabytes:,.0f} MB; read: {measured.read_bytes / 1e6:,.0f} MB"),
         ("bytes a stream on the topic", f"{measured.snapshot_bytes / measured.streams:,.0f}"),
         ("bytes a stream in memory (its declared rows)", f"{measured.row_bytes:,}"),
         (f"written in steady state, each within {INTERVAL_S:g} s", f"{megabytes / INTERVAL_S:,.1f} MB/s"),

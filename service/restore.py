@@ -178,7 +178,7 @@ class Restore:
     def _load(self, found: Found, note: Note) -> Steps:
         now_s = self._clock_s()
         buckets: dict[str, Bucket] = {}
-        for n, (bits, snapshot) in enumerate(disjoint(found.snapshots, "", None)):
+        for n, (bits, snapshot) in enumerate(disjoint(found.snapshots)):
             if n % SNAPSHOTS_AT_ONCE == 0:
                 yield
             bucket = buckets[bits] = Bucket(bits, set(), -1, now_s)
@@ -225,17 +225,20 @@ class Restore:
         self.engine.partition(self.number).stand(Mark(self.offset))
 
 
-def disjoint(
-    snapshots: Mapping[str, Snapshot], bits: str, above: Snapshot | None
-) -> Iterator[tuple[str, Snapshot | None]]:
+def disjoint(snapshots: Mapping[str, Snapshot]) -> Iterator[tuple[str, Snapshot | None]]:
     """Buckets that cover all streams without overlapping, each with its snapshot, if any.
 
     They are so on the topic already, except where a worker that promised less than exactly once died between the two
-    halves of a bucket that it split: then the half that is missing comes from the whole (`above`).
+    halves of a bucket that it split: then the half that is missing comes from the whole.
     """
-    own = snapshots.get(bits) or above
-    if any(other != bits and other.startswith(bits) for other in snapshots):
+    split = {bits[:length] for bits in snapshots for length in range(len(bits))}
+
+    def below(bits: str, above: Snapshot | None) -> Iterator[tuple[str, Snapshot | None]]:
+        own = snapshots.get(bits) or above
+        if bits not in split:
+            yield bits, own
+            return
         for half in (bits + "0", bits + "1"):
-            yield from disjoint(snapshots, half, own.part(half) if own and half not in snapshots else None)
-    else:
-        yield bits, own
+            yield from below(half, own.part(half) if own and half not in snapshots else None)
+
+    return below("", None)

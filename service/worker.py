@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 POLL_MS = 100
 RESTORING_POLL_MS = 10
+RESTORE_SLICE_S = 0.1
 BATCH_BYTES_MAX = 32 << 20
 """A batch is closed at this size, whatever the settings say of records: it is held in memory several times over."""
 WATCH_EVERY_S = 1.0
@@ -199,9 +200,16 @@ class Worker:
             self._restores[partition] = restore, restore.steps(), self._clock_s()
 
     def _restore_some(self) -> None:
-        """A step of the restoration whose turn it is."""
-        if not self._restores:
-            return
+        """Steps of the restorations, each in turn, for a moment: other partitions wait for it."""
+        until = self._clock_s() + RESTORE_SLICE_S
+        while self._restores:
+            self._restore_step()
+            if self._clock_s() >= until:
+                break
+        self.metrics.restoring.set(len(self._restores))
+        self.metrics.restore_progress.set(self._restored)
+
+    def _restore_step(self) -> None:
         partition = next(iter(self._restores))
         restore, steps, began_s = self._restores.pop(partition)
         try:
@@ -217,8 +225,6 @@ class Worker:
             self._watched_at = -WATCH_EVERY_S  # whoever waits for it need not wait longer
         else:
             self._restores[partition] = restore, steps, began_s
-        self.metrics.restoring.set(len(self._restores))
-        self.metrics.restore_progress.set(self._restored)
 
     @property
     def _restored(self) -> float:
