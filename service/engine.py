@@ -28,7 +28,7 @@ from service.bursts import Run, pieces, runs
 from service.errors import Reason, Rejected, ServiceError
 from service.history import History
 from service.metrics import BatchHistogram, Metrics
-from service.partition import Bounds, Decided, Entry, Move, Partition
+from service.partition import Bounds, Decided, Move, Partition
 from service.records import (
     Limits,
     Observation,
@@ -198,16 +198,17 @@ class Engine:
     def _retake(self, partition: Partition, records: Sequence[Record], covered: Callable[[str], int]) -> Iterator[Move]:
         """The moves that `_take` gave for these records when they first came."""
         observations: dict[int, Observation] = {}
+        deadly = partition.known_to_crash()  # not even to be parsed
         for record in records:
-            with suppress(Rejected):
-                observations[record.offset] = parse(record, self.limits)
+            if record.offset not in deadly:
+                with suppress(Rejected):
+                    observations[record.offset] = parse(record, self.limits)
         slots = dict(zip(observations, self._slots(list(observations.values())), strict=True))
         for record in records:
-            entries = list(partition.decided_before(record.offset))
-            for entry in entries:
+            for entry in partition.decided_before(record.offset):
                 if entry.decided is Decided.FORGOTTEN and covered(entry.stream) <= entry.offset:
                     partition.end(entry.stream)
-            if record.offset not in observations or Entry(record.offset, Decided.CRASHED) in entries:
+            if record.offset not in observations:
                 continue
             observation, slot = observations[record.offset], slots[record.offset]
             known = covered(observation.stream) > record.offset

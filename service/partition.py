@@ -123,6 +123,10 @@ class Partition:
     def replaying(self) -> bool:
         return self._told is not None
 
+    def known_to_crash(self) -> set[int]:
+        """In a replay, the offsets at which the process ended time and again."""
+        return {entry.offset for entry in self._told or () if entry.decided is Decided.CRASHED}
+
     def decided_before(self, offset: int) -> Iterator[Entry]:
         """In a replay, what the journal tells up to the record at `offset`. What concerns all streams is done here."""
         while self._told and self._told[0].offset <= offset:

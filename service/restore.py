@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from service.engine import Engine
-from service.errors import LostStateError
+from service.errors import DisconnectedError, LostStateError
 from service.partition import Entry, Mark
 from service.snapshots import Bucket, Keeper, Note, Snapshot, decode_journal, decode_snapshot, digest_of
 from service.transport.contract import Offset, Transport
@@ -20,6 +20,8 @@ from service.transport.contract import Offset, Transport
 log = logging.getLogger(__name__)
 
 TOLD_EVERY_S = 5.0
+PENDING_S = 30.0
+"""Kafka ends a dead worker's transaction within its time-out and 10 s."""
 SNAPSHOTS_AT_ONCE = 32
 """Decoded, or loaded, in one step."""
 
@@ -73,10 +75,13 @@ class Restore:
         log.info("partition %d: %d streams as of offset %d, in %.1f s", self.number, held, self.offset, took_s)
 
     def _committed(self, number: int) -> Generator[None, None, Offset | None]:
+        until = self._clock_s() + self.settings.transaction_timeout_ms / 1000 + PENDING_S
         while True:
             try:
                 return self.transport.committed(number)
-            except TimeoutError:  # a transaction with offsets of this partition is not ended yet
+            except TimeoutError as error:  # a transaction with offsets of this partition is not ended yet
+                if self._clock_s() > until:
+                    raise DisconnectedError(f"where partition {number} stands did not settle in time") from error
                 yield
 
     def _values(self) -> Generator[None, None, dict[bytes, bytes]]:

@@ -177,7 +177,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             # And a join that ended between two polls is not heard of, but begun again, by the whole group (trap 11).
             if coordinator._join_task and coordinator._join_task.is_done:
                 coordinator._join_task = _Ended(coordinator._join_task)
-        with self._answered(f"polling {self.topic}"):
+        with self._answered(f"polling {self.topic}"), self._watchdog.over("a poll"):
             polled = self._consumer.poll(timeout_ms, max_records=max_records)
         self._check_settled()
         self._check_url()
@@ -297,9 +297,10 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def committed(self, partition: int) -> Offset | None:
         try:
-            found = self._consumer.committed(
-                TopicPartition(self.topic, partition), metadata=True, timeout_ms=ANSWER_TIMEOUT_MS // 2
-            )
+            with self._watchdog.over("asking where the group stands"):
+                found = self._consumer.committed(
+                    TopicPartition(self.topic, partition), metadata=True, timeout_ms=ANSWER_TIMEOUT_MS // 2
+                )
         except KafkaTimeoutError as error:
             # Else the answer, when it comes, is kept, and given whenever this is asked again (trap 13).
             self._consumer._coordinator._offset_fetch_futures.clear()
@@ -310,7 +311,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def bounds(self, topic: str, partition: int) -> Bounds:
         tp = TopicPartition(topic, partition)
-        with self._answered(f"the offsets of {topic}"):
+        with self._answered(f"the offsets of {topic}"), self._watchdog.over("asking for offsets"):
             first = self._admin.list_partition_offsets({tp: OffsetSpec.EARLIEST})[tp].offset
             # Up to the high watermark: reading to the last stable offset only may miss what a commit just made visible.
             end = self._admin.list_partition_offsets({tp: OffsetSpec.LATEST})[tp].offset

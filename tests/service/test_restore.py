@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from model.bundle import Bundle, load_bundle
+from service import engine as engine_module
 from service.engine import Engine
 from service.errors import LostStateError
 from service.metrics import Metrics
-from service.records import Outgoing, Record
+from service.records import Limits, Observation, Outgoing, Record, parse
 from service.settings import Settings
 from service.transport.contract import Offset
 from service.worker import Worker
@@ -296,17 +297,17 @@ def test_while_a_partition_is_restored_the_others_go_on_and_the_worker_is_not_re
     until("readiness", lambda: worker.turn() or worker.ready)
 
 
-class Deadly(Engine):
-    """An engine that ends the process at a record."""
-
-    def process(self, records: Any, crashed: Any = ()) -> list[Outgoing]:
-        for record in records:
-            if b'"value": 666' in record.value and (record.partition, record.offset) not in crashed:
-                raise Killed
-        return super().process(records, crashed)
+def deadly(record: Record, limits: Limits) -> Observation:
+    """A parser that ends the process at a record, whenever it looks at it."""
+    if b'"value": 666' in (record.value or b""):
+        raise Killed
+    return parse(record, limits)
 
 
-def test_a_record_that_ends_the_process_each_time_becomes_a_dead_letter_and_no_other_does(bundle: Bundle) -> None:
+def test_a_record_that_ends_the_process_each_time_becomes_a_dead_letter_and_no_other_does(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "parse", deadly)
     log = Log(2)
     produce(log, range(10))
     for partition in range(2):
@@ -314,7 +315,7 @@ def test_a_record_that_ends_the_process_each_time_becomes_a_dead_letter_and_no_o
     produce(log, range(10, 11))
     produce(log, range(11, 19))
     for lives in range(60):
-        worker = worker_of(Deadly, bundle, MemoryTransport(log, TOPIC, seed=lives), crash_restarts=4)
+        worker = worker_of(Engine, bundle, MemoryTransport(log, TOPIC, seed=lives), crash_restarts=4)
         try:
             while sum(offset.offset for offset in log.offsets.values()) < 2 * 39:
                 worker.turn()
