@@ -122,7 +122,9 @@ def test_a_record_whose_header_no_client_can_read_stops_nothing(
 def test_a_record_that_kills_the_process_each_time_becomes_a_dead_letter_after_some_restarts(
     bundle: Path, bootstrap_servers: str, tmp_path: Path
 ) -> None:
-    with serving(bundle, bootstrap_servers, tmp_path, partitions=1, slot="w0", crash_restarts=3) as served:
+    with serving(
+        bundle, bootstrap_servers, tmp_path, partitions=1, slot="w0", crash_restarts=3, commit_interval_ms=10
+    ) as served:
         served.stop()
         served.program = [sys.executable, "-c", DEADLY]
         served.produce([*hours(0, 5), (b"s0", observation(5, 666.0)), *hours(5, 8)])
