@@ -228,7 +228,9 @@ class Flow:
         self._failure: CarouselError | None = None
         self._before_live: dict[float, float] = {}
         self._marks: deque[tuple[float, int]] = deque(maxlen=int(RATE_OVER_S / REFRESH_S))
-        self._consumer = KafkaConsumer(bootstrap_servers=servers, group_id=None, auto_offset_reset="latest")
+        self._consumer = KafkaConsumer(
+            bootstrap_servers=servers, group_id=None, auto_offset_reset="latest", isolation_level="read_committed"
+        )
         partitions = [TopicPartition(TOPIC, p) for p in sorted(self._consumer.partitions_for_topic(TOPIC))]
         self._consumer.assign(partitions)
         self._consumer.seek_to_end(*partitions)

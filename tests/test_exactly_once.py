@@ -131,7 +131,7 @@ def test_a_record_that_kills_the_process_each_time_becomes_a_dead_letter_after_s
         lives = 0
         while True:
             lives += 1
-            assert lives < 12, served.log_file.read_text()
+            assert lives < 20, served.log_file.read_text()
             served.start(wait=False)
             until("its end, or the dead letter", lambda: served.process.poll() is not None or letters(served))
             if served.process.poll() is None:
