@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from model.grid import Grid
 from model.network import Forecaster
 from service.engine import Engine
 from service.metrics import Metrics
-from service.records import Outgoing, Record
+from service.records import Record
 from service.settings import Settings
 from service.transport.kafka_python import KafkaPython
 from service.transport.topics import prepare_topics
@@ -188,29 +188,32 @@ def _client(settings: Settings, records: list[Record], values: list[bytes]) -> f
 
 
 def _worker(bundle: Bundle, settings: Settings, records: list[Record]) -> float:
-    delivered = 0
+    with living(bundle, settings) as worker:  # joining the group is no part of the figure, nor is loading the topic
+        worker.transport.pause(range(PARTITIONS))
+        load(settings, records)
+        worker.transport.resume(range(PARTITIONS))
+        return _rate(len(records), lambda: turn_until(worker, len(records)))
 
-    def count(outgoing: Sequence[Outgoing]) -> None:
-        nonlocal delivered
-        delivered += len(outgoing)
 
+@contextmanager
+def living(bundle: Bundle, settings: Settings) -> Iterator[Worker]:
+    """A worker that is ready, for the length of a block."""
     metrics = Metrics()
-    transport = KafkaPython(settings, "bench")
-    worker = Worker(Engine(bundle, settings, metrics), lambda: transport, settings, metrics, count)
+    engine = Engine(bundle, settings, metrics)
+    worker = Worker(engine, lambda: KafkaPython(settings, "bench"), settings, metrics, lambda _: None)
     worker.begin_session()
-    while not worker.ready:  # joining the group is no part of the figure, nor is loading the topic
-        worker.turn()
-    transport.pause(range(PARTITIONS))
-    load(settings, records)
-    transport.resume(range(PARTITIONS))
-
-    def through() -> None:
-        while delivered < len(records):
+    try:
+        while not worker.ready:
             worker.turn()
+        yield worker
+    finally:
+        worker.end_session()
 
-    rate = _rate(len(records), through)
-    worker.end_session()
-    return rate
+
+def turn_until(worker: Worker, forecasts: int) -> None:
+    """Turn the loop until so many forecasts were delivered, by this worker in all."""
+    while worker.metrics.forecasts._value.get() < forecasts:
+        worker.turn()
 
 
 def _engine_alone(bundle: Bundle, settings: Settings, records: list[Record]) -> float:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,19 @@ from kafka import KafkaConsumer, TopicPartition
 from rich.console import Console
 from rich.table import Table
 
-from deploy.bench import PARTITIONS, BenchConfig, load, make_bundle, make_records, own_settings, servers_of
+from deploy.bench import (
+    PARTITIONS,
+    BenchConfig,
+    living,
+    load,
+    make_bundle,
+    make_records,
+    own_settings,
+    servers_of,
+    turn_until,
+)
 from model.bundle import Bundle
-from service.engine import Engine
-from service.metrics import Metrics
 from service.settings import Settings
-from service.transport.kafka_python import KafkaPython
-from service.worker import Worker
 
 INTERVAL_S = 60.0
 """The default `snapshot_interval_s`, over which a steady state spreads the snapshots of streams that are all heard."""
@@ -62,36 +67,22 @@ def _measure(streams: int, bundle: Bundle, settings: Settings, tell: Callable[[s
     once, again = records[:streams], records[streams : streams + streams // REPLAYED]
     tell(f"following {streams:,} streams and writing their snapshots")
     load(settings, once)
-    with _living(bundle, settings, snapshot_interval_s=0.001) as worker:
-        while worker.metrics.forecasts._value.get() < streams or worker.unsaved:
+    at_once, never = (settings.model_copy(update={"snapshot_interval_s": interval_s}) for interval_s in (0.001, 1e9))
+    with living(bundle, at_once) as worker:
+        turn_until(worker, streams)
+        while worker.unsaved:
             worker.turn()
-    with _living(bundle, settings, snapshot_interval_s=1e9) as worker:
+    with living(bundle, never) as worker:
         load(settings, again)
-        while worker.metrics.forecasts._value.get() < len(again):
-            worker.turn()
+        turn_until(worker, len(again))
     tell("restoring")
     started_s = time.perf_counter()
-    with _living(bundle, settings, snapshot_interval_s=1e9) as worker:
+    with living(bundle, never) as worker:
         restore_s = time.perf_counter() - started_s
         row_bytes = worker.engine.arena.schema.row_bytes
     tell("reading the same bytes")
     bare_read_s, latest, written = _bare_read(settings)
     return Restored(streams, len(again), restore_s, bare_read_s, len(latest), sum(latest.values()), written, row_bytes)
-
-
-@contextmanager
-def _living(bundle: Bundle, settings: Settings, **changed: float) -> Iterator[Worker]:
-    """A worker that is ready."""
-    settings, metrics = settings.model_copy(update=changed), Metrics()
-    engine = Engine(bundle, settings, metrics)
-    worker = Worker(engine, lambda: KafkaPython(settings, "bench"), settings, metrics, lambda _: None)
-    worker.begin_session()
-    try:
-        while not worker.ready:
-            worker.turn()
-        yield worker
-    finally:
-        worker.end_session()
 
 
 def _bare_read(settings: Settings) -> tuple[float, dict[bytes, int], int]:

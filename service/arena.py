@@ -109,6 +109,8 @@ class Arena:
     def reset(self, rows: Iterable[int]) -> None:
         """Let these rows start afresh."""
         index = torch.tensor(list(rows), dtype=torch.int64)
+        if not len(index):
+            return
         self._save(index)
         for name, tensor in self._tensors.items():
             tensor[index] = self._initial[name]

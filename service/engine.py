@@ -81,7 +81,8 @@ class Engine:
         self.lock = threading.Lock()
         metrics.streams.set_function(lambda: len(self.arena))
         metrics.state_bytes.set_function(lambda: self.arena.state_bytes)
-        self._uncounted = Metrics()
+        level = f"{self.config.quantiles[-1] - self.config.quantiles[0]:.6g}"
+        self._scored, self._hits = metrics.scored.labels(level), metrics.hits.labels(level)
         self.quantile_keys = [quantile_key(quantile) for quantile in self.config.quantiles]
 
     def partition(self, number: int) -> Partition:
@@ -112,7 +113,7 @@ class Engine:
         outgoing += refused
         for wave in waves(moves, self.settings.max_wave_rows):
             with self.lock, timed(self.metrics.wave_seconds):
-                outgoing += self._encode(wave, self._advance(wave, self.metrics))
+                outgoing += self._encode(wave, self._advance(wave))
         self._settle()
         return outgoing
 
@@ -240,30 +241,26 @@ class Engine:
                 self.settings.forecasts_topic, record.partition, record.key, value, cause_ms=record.timestamp_ms
             )
 
-    def _advance(self, wave: Sequence[Move], counted: Metrics) -> Rows:
+    def _advance(self, wave: Sequence[Move]) -> Rows:
         """Bring rows up to the step before theirs, settle the open forecasts with what came, advance by one step, write
         the states back. -> the new states.
         """
-        counted.wave_rows.observe(len(wave))
+        self.metrics.wave_rows.observe(len(wave))
         rows = np.array([move.row for move in wave], dtype=np.int64)
         slot = np.array([move.slot for move in wave], dtype=np.int64)
         afresh = np.array([move.afresh for move in wave], dtype=np.bool_)
-        self._restart(rows[afresh], counted)
+        self.arena.reset(rows[afresh])
+        self.metrics.restarted.inc(int(afresh.sum()))
         last_slot = self.arena.column("slot")[rows]
         missing = np.where(last_slot == grid.NO_SLOT, 0, slot - last_slot - 1)
-        self._bridge(rows, missing, last_slot, counted)
-        return self._step(wave, rows, slot, counted)
+        self._bridge(rows, missing, last_slot)
+        return self._step(wave, rows, slot)
 
-    def _restart(self, rows: Int64s, counted: Metrics) -> None:
-        if len(rows):
-            self.arena.reset(rows)
-            counted.restarted.inc(len(rows))
-
-    def _bridge(self, rows: Int64s, missing: Int64s, last_slot: Int64s, counted: Metrics) -> None:
+    def _bridge(self, rows: Int64s, missing: Int64s, last_slot: Int64s) -> None:
         """Advance rows over their missing steps. Gaps of any mixture of lengths go together in blocks of 2^n steps,
         so that a wave takes a handful of steps however many streams in it have gaps.
         """
-        counted.bridged.inc(int(missing.sum()))
+        self.metrics.bridged.inc(int(missing.sum()))
         at = last_slot.copy()
         size = 1 << int(missing.max(initial=0)).bit_length() >> 1
         while size:
@@ -281,7 +278,7 @@ class Engine:
     def _burst(self, together: Sequence[Sequence[Move]]) -> None:
         """Move rows through all their moves, T > 1 steps at a time; nobody asks for the forecasts between."""
         rows = np.array([moves[0].row for moves in together], dtype=np.int64)
-        self._restart(rows[[moves[0].afresh for moves in together]], self._uncounted)
+        self.arena.reset(rows[[moves[0].afresh for moves in together]])
         slots = self.arena.column("slot")[rows].tolist()
         taken = [
             Run(moves, None if slot == grid.NO_SLOT else slot) for moves, slot in zip(together, slots, strict=True)
@@ -333,7 +330,7 @@ class Engine:
             covariates = np.full((*values.shape, len(self.config.covariates)), np.nan)
         return Block(torch.from_numpy(values), torch.from_numpy(ts_ms), torch.from_numpy(covariates))
 
-    def _step(self, wave: Sequence[Move], rows: Int64s, slot: Int64s, counted: Metrics) -> Rows:
+    def _step(self, wave: Sequence[Move], rows: Int64s, slot: Int64s) -> Rows:
         index = torch.from_numpy(rows)
         state = self.arena.gather(index)
         observed = np.array([move.observation.value for move in wave], dtype=np.float64)
@@ -341,7 +338,7 @@ class Engine:
         covariates = np.array([move.observation.covariates for move in wave], dtype=np.float64)
         times = grid.times_of(self.config, slot, seen_ms)
         block = self._block(observed[:, None], times[:, None], covariates.reshape(len(wave), 1, -1))
-        with timed(counted.step_seconds):
+        with timed(self.metrics.step_seconds):
             forecast, after = self.forecaster.advance(state, block)
         opened, seen = open_forecasts(state, forecast), torch.ones_like(block.ts_ms, dtype=torch.bool)
         settled = self.scores.settle(state, block.values, opened)
@@ -349,11 +346,10 @@ class Engine:
         after |= self.history.append(state, block.values, torch.from_numpy(seen_ms)[:, None], seen, opened)
         self.arena.scatter(index, after)
         missing = int(np.isnan(observed).sum())
-        counted.observations["missing"].inc(missing)
-        counted.observations["observed"].inc(len(wave) - missing)
-        level = f"{self.config.quantiles[-1] - self.config.quantiles[0]:.6g}"
-        counted.scored.labels(level).inc(int(settled.scored.sum()))
-        counted.hits.labels(level).inc(int(settled.hit.sum()))
+        self.metrics.observations["missing"].inc(missing)
+        self.metrics.observations["observed"].inc(len(wave) - missing)
+        self._scored.inc(int(settled.scored.sum()))
+        self._hits.inc(int(settled.hit.sum()))
         return after
 
     def describe(self, streams: Sequence[str], state: Rows) -> Iterator[dict[str, Any]]:

@@ -149,10 +149,10 @@ class Partition:
         """Note that this record is not to be looked at, ever."""
         self.journal.append(Entry(offset, Decided.CRASHED))
 
-    def end(self, stream: str) -> bool:
-        """End a stream. -> whether there was one."""
+    def end(self, stream: str) -> None:
+        """End a stream, if there is one."""
         self.touched.add(stream)
-        return self.arena.forget(StreamKey(self.number, stream))
+        self.arena.forget(StreamKey(self.number, stream))
 
     def take(self, observation: Observation, slot: int) -> Move | str:
         """What an observation at a slot of the grid means: a move, or `late` or `duplicate`.

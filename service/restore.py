@@ -165,9 +165,7 @@ class Restore:
                 f"a state of partition {self.number} on {states} stands at offset {ahead[0].offset}, ahead of the"
                 f" committed offset {offset}: was that set back by hand?"
             )
-        digest = 0
-        for bits, snapshot in found.snapshots.items():
-            digest ^= digest_of(bits, snapshot.offset)
+        digest = digest_of(found.snapshots.values())
         count = len(found.snapshots)
         if count < note.snapshots or (note.digest and (count, f"{digest:016x}") != (note.snapshots, note.digest)):
             raise LostStateError(
@@ -197,9 +195,7 @@ class Restore:
                 self.keeper.stale.append(self.keeper.key(snapshot.bits))
         self.keeper.buckets = buckets
         self.keeper.journals = found.journals
-        for bucket in buckets.values():
-            if bucket.offset >= 0:
-                self.keeper.digest ^= digest_of(bucket.bits, bucket.offset)
+        self.keeper.digest = digest_of(buckets.values())
 
     def _replay(self, journal: Iterable[Entry], note: Note) -> Steps:
         partition = self.engine.partition(self.number)

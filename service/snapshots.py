@@ -183,7 +183,7 @@ class Keeper:
 
     def due(self, now_s: float) -> bool:
         """Whether there are snapshots to be written."""
-        return any(bucket.dirty and now_s - bucket.written_s >= self.interval_s for bucket in self.buckets.values())
+        return any(True for _ in self._all_due(now_s))
 
     def prepare(self, offset: int, now_s: float, trial: Trial | None = None) -> Prepared:
         """What a commit of the input before `offset` writes for this partition. Changes nothing that matters."""
@@ -219,12 +219,13 @@ class Keeper:
             if record.key:
                 self.journals.append((record.key, prepared.mark.offset - 1))
 
+    def _all_due(self, now_s: float) -> Iterator[Bucket]:
+        return (b for b in self.buckets.values() if b.dirty and now_s - b.written_s >= self.interval_s)
+
     def _due(self, now_s: float) -> list[Bucket]:
         """The dirty buckets whose turn it is, the oldest first."""
-        due = [b for b in self.buckets.values() if b.dirty and now_s - b.written_s >= self.interval_s]
-        due.sort(key=lambda bucket: bucket.written_s)
         chosen, size = [], 0
-        for bucket in due:
+        for bucket in sorted(self._all_due(now_s), key=lambda bucket: bucket.written_s):
             chosen.append(bucket)
             size += self._bytes(bucket)
             if size > COMMIT_BYTES_MAX:
@@ -248,11 +249,7 @@ class Keeper:
             yield bucket
 
     def _digest_after(self, removed: Sequence[Bucket], written: Sequence[Bucket]) -> int:
-        digest = self.digest
-        for bucket in (*removed, *written):
-            if bucket.offset >= 0:
-                digest ^= digest_of(bucket.bits, bucket.offset)
-        return digest
+        return self.digest ^ digest_of((*removed, *written))
 
     def _after(self, start: Mark, removed: Sequence[Bucket], written: Sequence[Bucket]) -> list[Outgoing]:
         """Snapshots, and tombstones for what they, or the passing of time, have made useless."""
@@ -292,9 +289,16 @@ class Keeper:
         return save(state, {name: str(value) for name, value in described.items()})
 
 
-def digest_of(bits: str, offset: int) -> int:
-    """A number for a snapshot; the digest of all is these, combined by exclusive or."""
-    return int.from_bytes(hashlib.blake2b(f"{bits}@{offset}".encode(), digest_size=8).digest())
+def digest_of(buckets: Iterable[Bucket | Snapshot]) -> int:
+    """A number for the snapshots of these buckets. That of some, combined by exclusive or with that of others, is that
+    of both; and with that of the same, of neither.
+    """
+    digest = 0
+    for bucket in buckets:
+        if bucket.offset >= 0:
+            name = f"{bucket.bits}@{bucket.offset}".encode()
+            digest ^= int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+    return digest
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class Worker:
 
     def _session(self) -> None:
         """One session with Kafka, until it fails or this worker is to stop."""
-        self.transport = self._connect()
+        self.begin_session()
         try:
             while not self._stopping.is_set():
                 self.turn()
@@ -130,7 +130,7 @@ class Worker:
             self.end_session()
 
     def begin_session(self) -> None:
-        """Connect, for those who turn the loop themselves."""
+        """Connect: of itself `run` does so, and this is for those who turn the loop themselves."""
         self.transport = self._connect()
 
     def end_session(self) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,3 +155,15 @@ def group_members(servers: str, group: str) -> int:
 def observation(step: int, value: float | None) -> bytes:
     """The observation of the `step`-th hour."""
     return json.dumps({"ts": START_MS + step * HOUR_MS, "value": value}).encode()
+
+
+def running_with(entry: str) -> list[str]:
+    """Commands of the processes that have this entry, NAME=VALUE, in their environment: who was started with it, and
+    all that came from it.
+    """
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if entry.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return found

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from service.engine import Engine
 from service.metrics import Metrics
 from service.records import Outgoing, Record
 from service.settings import Settings
-from tests.served import until
+from tests.served import running_with, until
 
 CONFIG = ChaosConfig(seed=5, observations=600, streams=12, partitions=2, adds=0)
 
@@ -269,9 +268,4 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_behind(tmp_path: Path) -> Non
 
 def running(home: Path) -> list[str]:
     """Commands of the processes that have the run's environment: its own, and all that came from it."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if f"TMPDIR={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                found.append((process / "cmdline").read_text().replace("\0", " "))
-    return found
+    return running_with(f"TMPDIR={home}")

@@ -15,7 +15,7 @@ import pytest
 
 from deploy.broker import EmbeddedBroker
 from deploy.demo import HTTP_PORT, SAMPLE, TRAINING, bundle_directory, quantile
-from tests.served import until
+from tests.served import running_with, until
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,7 @@ def demo(home: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def running(home: Path) -> list[str]:
     """Commands of the processes that have the demo's environment: the demo's own, and all that came from it."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if f"XDG_CACHE_HOME={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                found.append((process / "cmdline").read_text().replace("\0", " "))
-    return found
+    return running_with(f"XDG_CACHE_HOME={home}")
 
 
 def lines(process: subprocess.Popen[str]) -> Iterator[str]:
