@@ -104,7 +104,7 @@ def train(
     cell: Annotated[str, typer.Option(help="lstm, or rnn to see what the LSTM is good for.")] = "lstm",
     hidden_size: Annotated[int, typer.Option(help="Numbers in h and in C, a layer.")] = 64,
     layers: Annotated[int, typer.Option(help="Recurrent layers.")] = 2,
-    dropout: Annotated[float, typer.Option(help="Dropped between layers while training.")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="Dropped between layers and before the head while training.")] = 0.2,
     epochs: Annotated[int | None, typer.Option(help="Most epochs.  \\[default: 20]")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Begin no epoch later than this.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the cycle.")] = None,

@@ -40,7 +40,7 @@ class ModelConfig:
     hidden_size: int = 64
     layers: int = 2
     dropout: float = 0.0
-    """Between layers, while training only."""
+    """Between layers and before the head, while training only."""
     max_gap: int = 0
     """Missing steps that are bridged; a longer gap starts the stream afresh. 0: found from the season."""
 

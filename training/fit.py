@@ -24,8 +24,16 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar, Timer
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+    Timer,
+    WeightAveraging,
+)
 from rich.console import Console
+from torch import Tensor
 
 from model.bundle import Bundle, save_bundle
 from model.config import Cell, ModelConfig
@@ -42,6 +50,8 @@ from training.windows import Split, WindowData, WindowOptions, cut, find_split
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+AVERAGE = 0.99
+"""What is kept, a step, of the average of the weights."""
 BEST, LAST, RUN = "best.ckpt", "last.ckpt", "run.json"
 
 
@@ -80,7 +90,7 @@ class TrainConfig:
     cell: Cell = "lstm"
     hidden_size: int = 64
     layers: int = 2
-    dropout: float = 0.0
+    dropout: float = 0.2
 
     seed: int = 0
     epochs: int = 20
@@ -262,7 +272,13 @@ def _train(forecaster: Forecaster, data: WindowData, config: TrainConfig) -> int
             deterministic=True,
             max_epochs=config.epochs,
             gradient_clip_val=config.clip,
-            callbacks=[best, last, EarlyStopping("validation_loss", patience=config.patience), *_callbacks(config)],
+            callbacks=[
+                WeightAveraging(avg_fn=_average),
+                best,
+                last,
+                EarlyStopping("validation_loss", patience=config.patience),
+                *_callbacks(config),
+            ],
             logger=False,
             enable_progress_bar=Console().is_terminal,
             enable_model_summary=False,
@@ -273,6 +289,11 @@ def _train(forecaster: Forecaster, data: WindowData, config: TrainConfig) -> int
     module.load_state_dict(weights)
     log.info("the best of %d epochs had a validation loss of %.5f", trainer.current_epoch, best.best_model_score)
     return trainer.current_epoch
+
+
+def _average(average: Tensor, weights: Tensor, updates: Tensor) -> Tensor:
+    """An exponential moving average of the weights (Polyak and Juditsky 1992): over the last 100 steps, fewer at first."""
+    return torch.lerp(weights, average, min(AVERAGE, int(updates) / (int(updates) + 10)))
 
 
 def _callbacks(config: TrainConfig) -> list[Callback]:
