@@ -57,18 +57,22 @@ class Anomaly:
         self.levels = torch.tensor(config.quantiles, dtype=torch.float64)
         self.schema = (TensorSpec("surprise", (), torch.float64, 2.0),)  # what S is in the mean
 
-    def notice(self, state: Rows, values: Tensor, opened: Tensor, counts: Tensor) -> Rows:
-        """The rows after values [B, T], for which opened [B, T, Q] had been forecast; counts [B, T] bool: where it had,
-        and something was observed.
+    def notice(self, state: Rows, values: Tensor, opened: Tensor, counts: Tensor) -> tuple[Tensor, Rows]:
+        """Score values [B, T], for which opened [B, T, Q] had been forecast; counts [B, T] bool: where it had by a warm
+        stream, and something was observed. -> scores [B, T], NaN where nothing counts; the rows after them.
         """
         if len(self.levels) < 2:
-            return {"surprise": state["surprise"]}
+            return torch.full_like(values, math.nan), {"surprise": state["surprise"]}
         new = torch.where(counts, surprise(values, opened, self.levels), 0.0)
-        return {"surprise": forgetting_sum(state["surprise"], new, 1 - counts.double() / 2)[:, -1]}
+        sums = forgetting_sum(state["surprise"], new, 1 - counts.double() / 2)
+        return torch.where(counts, self._score(sums), math.nan), {"surprise": sums[:, -1]}
 
     def score(self, state: Rows) -> Tensor:
         """The score of the last observation of B streams [B]; NaN where it is missing, or came while warming."""
-        tail = (WEIGHTS * torch.exp(-RATES * state["surprise"][:, None])).sum(-1)
-        tail = (tail / WEIGHTS.sum()).clamp(0, 1)
         known = (state["steps"] > self.config.warmup) & (state["gap"] == 0) & (len(self.levels) > 1)
-        return torch.where(known, -tail.log10() + 0.0, math.nan)
+        return torch.where(known, self._score(state["surprise"]), math.nan)
+
+    @staticmethod
+    def _score(sums: Tensor) -> Tensor:
+        tail = (WEIGHTS * torch.exp(-RATES * sums[..., None])).sum(-1) / WEIGHTS.sum()
+        return tail.clamp(0, 1).log10().abs()

@@ -31,13 +31,15 @@ class Followed:
 
     raw: the forecasts as the network gave them. stretch [B, T, K, 2]: that with which they were issued. opened
     [B, T, Q] float64: what had been forecast for each step, one step before it, as issued. scores [B, T, K, 5]: the
-    measures (`model.scoring.MEASURES`) of what was settled. rows: the state after them.
+    measures (`model.scoring.MEASURES`) of what was settled. anomaly [B, T]: how odd each value was; NaN where nobody
+    can say. rows: the state after them.
     """
 
     raw: Forecast
     stretch: Tensor
     opened: Tensor
     scores: Tensor
+    anomaly: Tensor
     rows: Rows
 
 
@@ -70,9 +72,9 @@ class Follower:
         tracked = self.calibration.track(state, missed, offsets, counts)
         opened = base[..., None] + self.calibration.settled(offsets, tracked.used)
         settled = self.scores.settle(state, block.values, opened, base, counts)
-        noticed = self.anomaly.notice(state, block.values, opened[:, :, 0], counts[..., 0])
+        anomaly, noticed = self.anomaly.notice(state, block.values, opened[:, :, 0], counts[..., 0])
         rows = after | waiting | tracked.rows | settled.rows | noticed
-        return Followed(raw, tracked.issued, opened[:, :, 0], settled.scores, rows)
+        return Followed(raw, tracked.issued, opened[:, :, 0], settled.scores, anomaly, rows)
 
     def through(self, state: Rows, block: Block) -> Rows:
         """The state after T steps, however many, of which nothing else is wanted."""

@@ -37,8 +37,10 @@ def noticed(values: torch.Tensor, counts: torch.Tensor | None = None, start: flo
     scores = []
     for n in range(streams):
         known = torch.ones(1, 1, dtype=torch.bool) if counts is None else counts[None, n, None]
-        state |= anomaly.notice(state, values[None, n, None], OPENED.expand(1, 1, -1), known)
-        scores.append(anomaly.score(state))
+        score, rows = anomaly.notice(state, values[None, n, None], OPENED.expand(1, 1, -1), known)
+        state |= rows
+        scores.append(score[0])
+        assert not known or torch.equal(anomaly.score(state), score[0]), "and the rows alone tell it too"
     return torch.cat(scores)
 
 
@@ -73,9 +75,9 @@ def test_many_values_at_once_score_as_one_by_one() -> None:
     values = torch.from_numpy(drawn(random, 300))
     counts = torch.from_numpy(random.random(300) < 0.8)
     anomaly, rows = Anomaly(CONFIG), {"surprise": torch.tensor([2.0]).double()}
-    at_once = rows | anomaly.notice(rows, values[None], OPENED.expand(1, 300, -1), counts[None])
-    told = anomaly.score({**at_once, "steps": torch.tensor([99]), "gap": torch.tensor([0])})
-    assert told.item() == pytest.approx(noticed(values, counts)[-1].item())
+    scores, _ = anomaly.notice(rows, values[None], OPENED.expand(1, 300, -1), counts[None])
+    torch.testing.assert_close(scores[0], noticed(values, counts), equal_nan=True)
+    assert torch.equal(scores[0].isnan(), ~counts)
 
 
 def test_several_odd_values_in_a_row_are_odder_than_one_and_soon_forgotten() -> None:
@@ -96,5 +98,6 @@ def test_a_model_of_one_quantile_knows_no_surprise() -> None:
     anomaly = Anomaly(ModelConfig(quantiles=(0.5,)))
     rows = {"surprise": torch.tensor([2.0]).double(), "steps": torch.tensor([99]), "gap": torch.tensor([0])}
     value = torch.tensor([[9.0]]).double()
-    rows |= anomaly.notice(rows, value, torch.zeros(1, 1, 1).double(), torch.ones(1, 1, dtype=torch.bool))
-    assert anomaly.score(rows).isnan().all()
+    score, after = anomaly.notice(rows, value, torch.zeros(1, 1, 1).double(), torch.ones(1, 1, dtype=torch.bool))
+    assert score.isnan().all()
+    assert anomaly.score(rows | after).isnan().all()

@@ -59,9 +59,9 @@ def test_at_once_is_step_by_step(seed: int, cuts: list[int]) -> None:
     singly, last = in_parts(one, series, list(range(1, STEPS)))
     parts, state = in_parts(one, series, cuts)
     assert_same(state, last)
-    for name in ("stretch", "opened", "scores"):
+    for name in ("stretch", "opened", "scores", "anomaly"):
         found, expected = (torch.cat([getattr(part, name) for part in some], dim=1) for some in (parts, singly))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
     found, expected = (torch.cat([one.calibrated(part).values for part in some], dim=1) for some in (parts, singly))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
