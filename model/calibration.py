@@ -94,29 +94,34 @@ class Calibration:
 
         counts [B, T, K] bool: which of them to learn from. `state` is that before the first step.
         """
-        steps, lines = counts.shape[1], len(self.horizons)
+        streams, steps, lines = counts.shape
         settled, waiting = passage(self.horizons, steps)
         before = state["waiting_stretch"]
-        line = torch.cat((before, before.new_zeros(len(before), steps * lines, 2)), dim=1)
+        line = torch.cat((before, before.new_zeros(streams, steps * lines, 2)), dim=1)
         rows = {name: state[name] for name in ("stretch", "roughness")}
         if self.on:
             distance = self._distance(missed, offsets)
-            known = counts[..., 0].double() / MOOD_STEPS
-            error = torch.where(counts[..., 0], distance[:, :, 0].amax(-1), 0.0).clamp_max(ABSURD)
-            roughness = forgetting_sum(state["roughness"], known * error, 1 - known)
-            mood = MOOD * (roughness / self.usual).clamp_min(SMOOTH).log().float()
-            rows["roughness"] = roughness[:, -1]
+            mood, rows["roughness"] = self._mood(state["roughness"], distance[:, :, 0].amax(-1), counts[..., 0])
             log = torch.where(counts[..., None], distance, 1.0).log().float()  # of 0: -inf, well inside
             gain = counts[..., None] * self.gain
             s = state["stretch"]
+            issued = line[:, before.shape[1] :].view(streams, steps, lines, 2)
             for step in range(steps):
-                beyond = ((log[:, step] - line[:, settled[step]]) / (2 * SOFT) + 0.5).clamp(0, 1)
+                used = line.index_select(1, settled[step * lines : (step + 1) * lines])
+                beyond = ((log[:, step] - used) / (2 * SOFT) + 0.5).clamp(0, 1)
                 s = (s + gain[:, step] * (beyond - self.share)).clamp(-LIMIT, LIMIT)
-                first = before.shape[1] + step * lines
-                line[:, first : first + lines] = s + mood[:, step, None, None]
+                issued[:, step] = s + mood[:, step, None, None]
             rows["stretch"] = s
-        issued = line[:, before.shape[1] :].view(-1, steps, lines, 2)
-        return Tracked(line[:, settled], issued, {**rows, "waiting_stretch": line[:, waiting]})
+        used, issued = (
+            part.view(streams, steps, lines, 2) for part in (line.index_select(1, settled), line[:, before.shape[1] :])
+        )
+        return Tracked(used, issued, {**rows, "waiting_stretch": line.index_select(1, waiting)})
+
+    def _mood(self, before: Tensor, error: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """What errors one step ahead [B, T], in units of their interval, add to all s [B, T]; and their mean after."""
+        known = counts.double() / MOOD_STEPS
+        roughness = forgetting_sum(before, known * torch.where(counts, error, 0.0).clamp_max(ABSURD), 1 - known)
+        return MOOD * (roughness / self.usual).clamp_min(SMOOTH).log().float(), roughness[:, -1]
 
     def _distance(self, missed: Tensor, offsets: Tensor) -> Tensor:
         """How far truths lie from the median, in units of the tracked quantiles' distance. -> [..., 2], 0 on the other
@@ -130,7 +135,7 @@ class Calibration:
     def settled(self, offsets: Tensor, stretch: Tensor) -> Tensor:
         """Offsets [..., Q], stretched by s [..., 2] about their median: ordered as they were."""
         middle = offsets[..., self.middle, None]
-        return middle + stretch.exp()[..., self.side] * (offsets - middle)
+        return middle + stretch.exp().index_select(-1, self.side) * (offsets - middle)
 
     def calibrated(self, forecast: Forecast, issued: Tensor) -> Forecast:
         """Forecasts of H steps, stretched by s [..., K, 2] of the settled horizons."""

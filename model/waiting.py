@@ -31,10 +31,10 @@ def settled_horizons(horizon: int) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def passage(horizons: tuple[int, ...], steps: int) -> tuple[Tensor, Tensor]:
     """How lines move in T steps. Of a tensor [B, W + T * K, ...] of what waited, and then what was issued step by step:
-    the places of what is settled [T, K], and of what waits afterwards [W].
+    the places of what is settled [T * K], step by step, and of what waits afterwards [W].
 
     >>> passage((1, 3), steps=1)
-    (tensor([[0, 1]]), tensor([4, 2, 3, 5]))
+    (tensor([0, 1]), tensor([4, 2, 3, 5]))
     """
     settled, waiting, first = [], [], 0
     for number, horizon in enumerate(horizons):
@@ -43,7 +43,7 @@ def passage(horizons: tuple[int, ...], steps: int) -> tuple[Tensor, Tensor]:
         settled.append(line[:steps])
         waiting.append(line[steps:])
         first += horizon
-    return torch.stack(settled, dim=1), torch.cat(waiting)
+    return torch.stack(settled, dim=1).flatten(), torch.cat(waiting)
 
 
 class Waiting:
@@ -63,9 +63,16 @@ class Waiting:
 
         -> of those that leave, base [B, T, K] and offsets [B, T, K, Q], in the series' own units; the rows.
         """
-        settled, waiting = passage(self.horizons, forecast.scale.shape[1])
-        offsets = (forecast.scale[..., None, None] * forecast.offsets[:, :, self.ahead]).float()
-        base = torch.cat((state["waiting_base"], forecast.base[:, :, self.ahead].flatten(1)), dim=1)
-        all_offsets = torch.cat((state["waiting_offsets"], offsets.flatten(1, 2)), dim=1)
-        rows = {"waiting_base": base[:, waiting], "waiting_offsets": all_offsets[:, waiting]}
-        return base[:, settled], all_offsets[:, settled], rows
+        streams, steps = forecast.scale.shape
+        settled, waiting = passage(self.horizons, steps)
+        issued = {
+            "waiting_base": forecast.base.index_select(2, self.ahead),
+            "waiting_offsets": (forecast.scale[..., None, None] * forecast.offsets.index_select(2, self.ahead)).float(),
+        }
+        both = {name: torch.cat((state[name], new.flatten(1, 2)), dim=1) for name, new in issued.items()}
+        base, offsets = (
+            line.index_select(1, settled).view(streams, steps, len(self.horizons), *line.shape[2:])
+            for line in both.values()
+        )
+        rows = {name: line.index_select(1, waiting) for name, line in both.items()}
+        return base, offsets, rows

@@ -66,7 +66,7 @@ class Engine:
                 f"{bundle.model_id} forecasts {self.config.horizon} x {len(self.config.quantiles)} numbers, more than"
                 f" fit into a Kafka record: train with a shorter horizon or fewer quantiles"
             )
-        self.follower = Follower(bundle.forecaster, calibrate=settings.calibrate)
+        self.follower = Follower(bundle.forecaster, calibrate=settings.intervals == "calibrated")
         self.history = History(self.config, settings.history_steps)
         self.arena = Arena(Schema((*grid.SCHEMA, *self.follower.schema, *self.history.schema)))
         self.partitions: dict[int, Partition] = {}

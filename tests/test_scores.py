@@ -29,7 +29,7 @@ TABLE = [dataclasses.replace(each, ts_ms=FIRST_MS + each.ts_ms) for each in (ser
 
 def served(many: Sequence[Series], *, calibrate: bool) -> Scores:
     """The scores of what the engine puts out from the step before START on, where all truths are known."""
-    settings = Settings.load({"model": "unused", "calibrate": calibrate})
+    settings = Settings.load({"model": "unused", "intervals": "calibrated" if calibrate else "raw"})
     engine = Engine(Bundle(MODEL, "tiny", "0" * 64), settings, Metrics())
     issued, truths, scales = [], [], []
     for step in range(LENGTH - HORIZON):

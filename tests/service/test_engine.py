@@ -288,7 +288,7 @@ def test_each_observation_is_told_how_odd_it_was(bundle: Bundle) -> None:
 
 def test_calibration_can_be_switched_off(bundle: Bundle) -> None:
     records = hourly("a", {hour: float(10 + hour % 24 + hour % 7) for hour in range(120)})
-    on, off = (forecasts(engine_of(bundle, calibrate=calibrate).process(records)) for calibrate in (True, False))
+    on, off = (forecasts(engine_of(bundle, intervals=each).process(records)) for each in ("calibrated", "raw"))
     for one, other in zip(on[:48], off[:48], strict=True):
         assert one["quantiles"] == other["quantiles"], "it learns from warm streams' forecasts only"
     assert on[-1]["quantiles"]["0.5"] == off[-1]["quantiles"]["0.5"]
