@@ -63,16 +63,16 @@ class Predictor:
         if given:
             with self._turn():
                 state = self._continue(state, given)
-        fields = self.tell(request.stream, state)
+        fields = self.tell(request.stream, state, raw=request.raw)
         return {
             **fields,
             "quantiles": {key: values[:horizon] for key, values in fields["quantiles"].items() if key in quantiles},
             "timestamps": fields["timestamps"] and fields["timestamps"][:horizon],
         }
 
-    def tell(self, stream: str | None, state: Rows) -> dict[str, Any]:
+    def tell(self, stream: str | None, state: Rows, *, raw: bool = False) -> dict[str, Any]:
         """The forecast that stands open in a state [1, ...], with the time that each of its steps is for."""
-        (fields,) = self.engine.describe([stream or ""], state)
+        (fields,) = self.engine.describe([stream or ""], state, raw=raw)
         ahead = fields["slot"] + np.arange(1, self.config.horizon + 1)
         times = self.config.grid.time_of(ahead).tolist() if self.config.grid else None
         return {**fields, "stream": stream, "timestamps": times}
@@ -125,9 +125,8 @@ class Predictor:
         begun = int(state["count"]) > 0
         slot = placed.slot[chosen]
         first = last_slot + 1 if begun else int(slot[0])
-        _, after = self.engine.forecaster.advance(state, self._block(given, chosen, slot, first), last=1)
         return {
-            **after,
+            **self.engine.follower.through(state, self._block(given, chosen, slot, first)),
             "slot": torch.from_numpy(slot[-1:]),
             "ts_ms": torch.from_numpy(given.ts_ms[chosen[-1:]]),
             "count": state["count"] + len(chosen),

@@ -73,6 +73,7 @@ class PredictRequest(Strict):
     quantiles: list[FiniteFloat] | None = Field(
         None, min_length=1, description="Answer these of the model's quantiles; by default all."
     )
+    raw: bool = Field(False, description="Answer the quantiles as the model gives them, without their calibration.")
 
 
 class Page(BaseModel):
@@ -100,6 +101,10 @@ class Forecast(Answer):
     model: str = Field(description="Id of the model.")
     count: int = Field(description="Observations seen since the stream began (or began afresh).")
     observed: Scalar = Field(description="The last value, in the series' own unit; null: nothing was observed.")
+    anomaly: Scalar = Field(
+        description="How odd that observation, and a little those before it, were to the forecasts that stood open for"
+        " them: -log10 of the probability of the like, 2 is one in a hundred; null: not observed, or still warming."
+    )
     quantiles: ByQuantile = Field(
         description="By quantile, one number a step of the horizon, in the series' own unit: element k is for the step"
         " k + 1 after the last one seen. At each step they increase with the quantile."
@@ -112,8 +117,8 @@ class Forecast(Answer):
     )
 
 
-class Scores(Answer):
-    """How good the one-step forecasts of a live stream were, the last 500 or so counting most."""
+class HorizonScores(Answer):
+    """How good the forecasts of a live stream were, the last 500 or so counting most."""
 
     scored: float = Field(description="Forecasts whose truth came; older ones count for less than 1 each.")
     mase: Scalar = Field(
@@ -121,6 +126,13 @@ class Scores(Answer):
     )
     pinball: Scalar = Field(description="Mean quantile loss (doubled), in the series' own unit.")
     coverage: Scalar = Field(description="Share of truths within the outermost quantiles, 0 to 1.")
+
+
+class Scores(HorizonScores):
+    """How good the forecasts one step ahead of a live stream were, and those of other horizons."""
+
+    by_horizon: dict[str, HorizonScores] = Field(description="By steps ahead: 1, 2, 4, 8 ... and the last.")
+    total: HorizonScores = Field(description="Of these horizons together.")
 
 
 class Stream(Answer):
@@ -132,6 +144,7 @@ class Stream(Answer):
     count: int = Field(description="Observations since it began (or began afresh).")
     observed: Scalar = Field(description="Its last value, in the series' own unit; null: nothing was observed.")
     status: Literal["warming", "live"] = Field(description="Whether it has seen `warmup` steps.")
+    anomaly: Scalar = Field(description="How odd its last value was, as a forecast tells it.")
     scores: Scores = Field(description="How good its forecasts were.")
 
 
@@ -181,6 +194,7 @@ class PastObservation(Answer):
     forecast: dict[str, float] | None = Field(
         description="By quantile, what had been forecast one step before, in the series' own unit; null: nothing was."
     )
+    anomaly: Scalar = Field(description="How odd it was, as a forecast tells it; null: nobody could say.")
 
 
 class StreamHistory(Answer):

@@ -1,8 +1,8 @@
 """Backtest: replay as served, beside the seasonal naive forecast.
 
-Each series is fed to `Forecaster.advance` from its first step, as its observations would come live, and the
-forecasts issued over its last part are kept. So the scores are those of the streaming model, warm-up, scaling and
-carried state included.
+Each series is fed to `Follower.advance` from its first step, as its observations would come live, and the
+forecasts issued over its last part are kept. So the scores are those of the streaming model, warm-up, scaling,
+carried state and calibration included.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from model.config import ModelConfig
-from model.network import Forecaster
+from model.follow import Follower
+from model.network import Forecast, Forecaster
 from model.scoring import Scores, score
 from training.series import Series, to_grid
 from training.table import Columns, TableError, read_table
 from training.windows import block_of, cut, find_split
 
-CAROUSEL, NAIVE = "carousel", "seasonal naive"
+CAROUSEL, RAW, NAIVE = "carousel", "carousel, raw", "seasonal naive"
 """The methods, by the names that tables and bundles give them."""
 NUMBERS_MAX = 16_000_000
 """Where K is not given, origins are thinned until the forecasts are no more numbers than these."""
@@ -132,7 +133,7 @@ def backtest(
         )
     chosen.sort(key=lambda each: each.length, reverse=True)
     forecaster.eval()
-    replayed: list[tuple[Tensor, Tensor]] = []
+    replayed: list[_Issued] = []
     for first in range(0, len(chosen), GROUP_STREAMS):
         replayed += _replay(forecaster, chosen[first : first + GROUP_STREAMS])
     return _assembled(config, chosen, replayed)
@@ -156,44 +157,57 @@ def _origins(series: Series, start: int, every: int, horizon: int) -> NDArray[np
     return steps[~np.isnan(series.y[steps])]
 
 
-def _replay(forecaster: Forecaster, group: Sequence[_Chosen]) -> list[tuple[Tensor, Tensor]]:
-    """Feed series, the longest first, to the model. -> for each, base [n, H] and quantiles [n, H, Q] at its origins.
+@dataclass(frozen=True)
+class _Issued:
+    """What was forecast from n origins: base [n, H], quantiles as issued and raw [n, H, Q]."""
+
+    base: Tensor
+    calibrated: Tensor
+    raw: Tensor
+
+
+def _replay(forecaster: Forecaster, group: Sequence[_Chosen]) -> list[_Issued]:
+    """Feed series, the longest first, to the model. -> for each, the forecasts from its origins.
 
     They stand aligned at their ends, for there the origins are; a shorter one joins when it begins. Where we are is
     counted in steps before the end.
     """
-    config = forecaster.config
+    config, follower = forecaster.config, Follower(forecaster)
     first_origin = max(each.length - int(each.origins[0]) for each in group)
     numbers = max(config.horizon * len(config.quantiles), config.context)
-    forecasts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in group]
-    state = forecaster.initial_state(0)
+    forecasts: list[list[_Issued]] = [[] for _ in group]
+    state = follower.schema.initial(0)
     at = group[0].length
     while at > config.horizon:
         present = [each for each in group if each.length >= at]
-        beginning = forecaster.initial_state(len(present) - len(state["h"]))
+        beginning = follower.schema.initial(len(present) - len(state["h"]))
         state = {name: torch.cat((rows, beginning[name])) for name, rows in state.items()}
         emit = at <= first_origin
         later = [each.length for each in group[len(present) :]] + ([] if emit else [first_origin])
         stop = max(0, at - max(1, BLOCK_NUMBERS // (len(present) * numbers)), *later)
         block = block_of([cut(each.series, each.length - at, each.length - stop) for each in present])
-        forecast, state = forecaster.advance(state, block, last=None if emit else 1)
-        if emit:
-            values = forecast.values
-            for row, each in enumerate(present):
-                column = each.origins - (each.length - at)
-                column = column[(column >= 0) & (column < at - stop)]
-                forecasts[row].append((forecast.base[row, column], values[row, column]))
+        followed = follower.advance(state, block)
+        state, raw = followed.rows, followed.raw
+        for row, each in enumerate(present if emit else ()):
+            column = each.origins - (each.length - at)
+            column = column[(column >= 0) & (column < at - stop)]
+            chosen = Forecast(raw.base[row, column], raw.scale[row, column], raw.offsets[row, column])
+            issued = follower.calibration.calibrated(chosen, followed.stretch[row, column])
+            forecasts[row].append(_Issued(chosen.base, issued.values, chosen.values))
         at = stop
-    return [(torch.cat([base for base, _ in each]), torch.cat([values for _, values in each])) for each in forecasts]
+    return [
+        _Issued(*(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(_Issued)))
+        for parts in forecasts
+    ]
 
 
-def _assembled(config: ModelConfig, chosen: Sequence[_Chosen], replayed: Sequence[tuple[Tensor, Tensor]]) -> Backtest:
+def _assembled(config: ModelConfig, chosen: Sequence[_Chosen], replayed: Sequence[_Issued]) -> Backtest:
     number = {name: k for k, name in enumerate(dict.fromkeys(each.series.unique_id for each in chosen))}
     ahead = np.arange(1, config.horizon + 1)
     counts = torch.tensor([len(each.origins) for each in chosen])
     naive = [
-        base[..., None] + _naive_spread(each.series.y[: each.start], config)
-        for each, (base, _) in zip(chosen, replayed, strict=True)
+        issued.base[..., None] + _naive_spread(each.series.y[: each.start], config)
+        for each, issued in zip(chosen, replayed, strict=True)
     ]
     return Backtest(
         config=config,
@@ -201,7 +215,11 @@ def _assembled(config: ModelConfig, chosen: Sequence[_Chosen], replayed: Sequenc
         of=torch.tensor([number[each.series.unique_id] for each in chosen]).repeat_interleave(counts),
         origin_ms=torch.cat([torch.from_numpy(each.series.ts_ms[each.origins]) for each in chosen]),
         truth=torch.cat([torch.from_numpy(each.series.y[each.origins[:, None] + ahead]) for each in chosen]),
-        quantiles={CAROUSEL: torch.cat([values for _, values in replayed]), NAIVE: torch.cat(naive)},
+        quantiles={
+            CAROUSEL: torch.cat([issued.calibrated for issued in replayed]),
+            RAW: torch.cat([issued.raw for issued in replayed]),
+            NAIVE: torch.cat(naive),
+        },
         naive_mae=torch.tensor([naive_mae(each.series.y[: each.start], config.season) for each in chosen])
         .double()
         .repeat_interleave(counts),

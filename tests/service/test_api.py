@@ -255,10 +255,35 @@ class TestStreams:
         state = api.state(EXAMPLE_STREAM)
         detail = ok(api.client.get(f"/v1/streams/{EXAMPLE_STREAM}"))
         assert (detail["count"], detail["observed"]) == (SEEN, value_at(SEEN - 1))
-        scores = detail["scores"]
-        assert scores["mase"] == float(state["absolute_error"] / state["naive_error"])
-        assert scores["coverage"] == float(state["hits"] / state["scored"])
-        assert scores["pinball"] == float(state["pinball"] / state["scored"])
+        by_horizon = detail["scores"]["by_horizon"]
+        assert list(by_horizon) == ["1", "2", "4", "8"]
+        sums = [*state["scores"][0].tolist(), state["scores"][0].sum(0).tolist()]
+        for told, (scored, pinball, error, naive_error, hits) in zip(
+            [*by_horizon.values(), detail["scores"].pop("total")], sums, strict=True
+        ):
+            assert told["scored"] == scored > 0
+            assert told["mase"] == error / naive_error
+            assert told["coverage"] == hits / scored
+            assert told["pinball"] == pinball / scored
+        assert detail["scores"] | {"by_horizon": None} == by_horizon["1"] | {"by_horizon": None}
+
+    def test_how_odd_an_observation_was_is_told_wherever_it_is(self, api: Running) -> None:
+        anomaly = round(float(api.engine.follower.anomaly.score(api.state(EXAMPLE_STREAM))), 3)
+        assert anomaly >= 0
+        detail = ok(api.client.get(f"/v1/streams/{EXAMPLE_STREAM}"))
+        past = ok(api.client.get(f"/v1/streams/{EXAMPLE_STREAM}/history"))["observations"]
+        assert detail["anomaly"] == detail["forecast"]["anomaly"] == anomaly
+        assert past[-1]["anomaly"] == anomaly
+        assert past[0]["anomaly"] is None, "it was still warming"
+
+    def test_raw_quantiles_are_there_for_the_asking(self, api: Running) -> None:
+        state = api.state(EXAMPLE_STREAM)
+        told, raw = (ok(api.predict({"stream": EXAMPLE_STREAM, "raw": raw})) for raw in (False, True))
+        for answer, wanted in ((told, False), (raw, True)):
+            values = api.engine.follower.standing(state, raw=wanted).values[0].T
+            np.testing.assert_allclose(list(answer["quantiles"].values()), values, atol=1e-3)
+        assert told["quantiles"]["0.9"] != raw["quantiles"]["0.9"]
+        assert {**told, "quantiles": None} == {**raw, "quantiles": None}
 
     def test_the_state_is_opened_by_layer(self, api: Running) -> None:
         state = api.state(EXAMPLE_STREAM)

@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 
 from model.bundle import Bundle, save_bundle
+from model.follow import Follower
 from model.network import Forecaster
 from tests.training.synthetic import SEASON, forecaster, series
 from training import backtest as backtest_module
-from training.backtest import CAROUSEL, NAIVE, Backtest, backtest, run
+from training.backtest import CAROUSEL, NAIVE, RAW, Backtest, backtest, run
 from training.series import Series
 from training.table import Columns, TableError
 from training.windows import block_of, cut
@@ -47,12 +48,13 @@ def rows_of(result: Backtest, name: str) -> torch.Tensor:
     return (result.of == result.ids.index(name)).nonzero()[:, 0]
 
 
-def live(model: Forecaster, each: Series) -> list[torch.Tensor]:
-    """The forecasts [H, Q] of a stream fed one observation at a time, after each of them."""
-    state, forecasts = model.initial_state(1), []
+def live(model: Forecaster, each: Series, *, raw: bool = False) -> list[torch.Tensor]:
+    """The forecasts [H, Q] of a stream fed one observation at a time, as they stand open after each of them."""
+    follower = Follower(model)
+    state, forecasts = follower.schema.initial(1), []
     for step in range(len(each.y)):
-        forecast, state = model.advance(state, block_of([cut(each, step, step + 1)]))
-        forecasts.append(forecast.values[0, 0])
+        state = follower.advance(state, block_of([cut(each, step, step + 1)])).rows
+        forecasts.append(follower.standing(state, raw=raw).values[0])
     return forecasts
 
 
@@ -60,12 +62,13 @@ def test_forecasts_are_those_of_a_stream_fed_one_by_one(model: Forecaster) -> No
     many = table()
     result = backtest(model, many, starts(many), every=3)
     for each in many:
-        forecasts = live(model, each)
+        forecasts, raw = live(model, each), live(model, each, raw=True)
         rows = rows_of(result, each.unique_id)
         assert len(rows) >= 5
         for row in rows:
             step = int(np.flatnonzero(each.ts_ms == result.origin_ms[row].item())[0])
             torch.testing.assert_close(result.quantiles[CAROUSEL][row], forecasts[step], rtol=0, atol=1e-4)
+            torch.testing.assert_close(result.quantiles[RAW][row], raw[step], rtol=0, atol=1e-4)
             np.testing.assert_array_equal(result.truth[row].numpy(), each.y[step + 1 : step + 5])
 
 
@@ -78,7 +81,7 @@ def test_memory_bounds_change_no_forecast(
     monkeypatch.setattr(backtest_module, "BLOCK_NUMBERS", block)
     monkeypatch.setattr(backtest_module, "GROUP_STREAMS", group)
     in_pieces = backtest(model, many, starts(many), every=1)
-    for method in (CAROUSEL, NAIVE):
+    for method in (CAROUSEL, RAW, NAIVE):
         torch.testing.assert_close(in_pieces.quantiles[method], at_once.quantiles[method], rtol=0, atol=1e-4)
     assert torch.equal(in_pieces.origin_ms, at_once.origin_ms)
 
