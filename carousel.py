@@ -155,15 +155,41 @@ def backtest(
         typer.Option(min=1, help="Forecast from the last so many steps of each series.  \\[default: as held back]"),
     ] = None,
     every: Annotated[int | None, typer.Option(min=1, help="Of those steps, every so-manieth.")] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            help="Beside the seasonal naive: ets, theta (both of statsforecast) or none.  \\[default: ets,theta]"
+        ),
+    ] = None,
+    baseline_origins: Annotated[
+        int | None,
+        typer.Option(min=1, help="Origins at which those are fitted.  \\[default: 120, or what takes four minutes]"),
+    ] = None,
     forecasts: Annotated[Path | None, typer.Option(help="Write all forecasts to this Parquet file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with tables and pictures to this .html file or directory.")
+    ] = None,
 ) -> None:
-    """Replay a table as it would be served and say how good the forecasts were, beside the seasonal naive."""
+    """Replay a table as it would be served and say how good the forecasts were, beside what else one might use.
+
+    Example: carousel backtest models/sales sales.csv --id-column shop --report sales.html
+    """
     from model.bundle import load_bundle
-    from training.backtest import run
+    from training.evaluate import run
 
     setup_logging("info")
     read = columns(id_column, time_column, value_column, "", timezone)
-    run(load_bundle(bundle), table, read, last=last, every=every, forecasts=forecasts)
+    run(
+        load_bundle(bundle),
+        table,
+        read,
+        last=last,
+        every=every,
+        baselines=baselines,
+        baseline_origins=baseline_origins,
+        forecasts=forecasts,
+        report=report,
+    )
 
 
 @app.command()
