@@ -172,10 +172,14 @@ def fitted(method: str, history: Floats, config: ModelConfig) -> Floats | None:
     levels = [round(100 * abs(2 * quantile - 1), 6) for quantile in config.quantiles]
     wanted = sorted({level for level in levels if level})
     make: Callable[..., Any] = getattr(models, method)
+    options: dict[str, Any] = {"season_length": config.season if len(history) > 2 * config.season else 1}
+    if method == "AutoETS" and options["season_length"] > 1:
+        # Left free, it often finds that no season is likelier, and its error trebles: it shall be at its best.
+        options["model"] = "ZZA"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            forecast = make(season_length=config.season).forecast(y=history.copy(), h=config.horizon, level=wanted)
+            forecast = make(**options).forecast(y=history.copy(), h=config.horizon, level=wanted)
     except (NotImplementedError, IndexError, ValueError, ZeroDivisionError):  # "tiny datasets" and their like
         return None
     ends = [

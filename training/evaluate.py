@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -78,34 +79,40 @@ def run(
 
 def _printed(evaluation: Evaluation) -> Iterator[Table | str]:
     yield _summary(evaluation.result)
+    yield from _beside(evaluation.result)
     if evaluation.shared:
-        yield f"and at {len(evaluation.shared.result.of):,} of these origins, spread evenly, beside baselines"
-        yield _summary(evaluation.shared.result)
+        shared = evaluation.shared.result
+        yield f"\nand at {len(shared.of):,} of these origins, spread evenly, beside models fitted there:"
+        yield _summary(shared)
+        yield from _beside(shared)
         yield from evaluation.remarks
     yield _by_step(evaluation.result)
     yield _by_series(evaluation.result)
 
 
 def _table(heading: str, *columns: str) -> Table:
-    table = Table(heading)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(heading, vertical="bottom", overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     return table
 
 
 def _summary(result: Backtest) -> Table:
-    """One row a method; of carousel's difference to the others, the interval that holds 95% of the resamples."""
-    lower = differences(result)
-    levels = [f"in {level:.0%} (width)" for level in LEVELS]
-    table = _table("method", *ERRORS, *levels, "carousel's wql beside")
+    """One row a method."""
+    table = _table("method", *ERRORS, *(f"in {level:.0%}\n(width)" for level in LEVELS))
     for method, row in overall(result).items():
         within = [
-            f"{row.coverage[level]:.1%} ({row.width[level]:.2f})" if level in row.coverage else "—" for level in LEVELS
+            f"{row.coverage[level]:.0%} ({row.width[level]:.2f})" if level in row.coverage else "—" for level in LEVELS
         ]
-        errors = [f"{getattr(row, name):.{4 if name == 'wql' else 3}f}" for name in ERRORS]
-        table.add_row(method, *errors, *within, told(lower[method]["wql"]) if method in lower else "")
-    table.caption = f"95% interval from {resampled_units(result)}, resampled" if lower else None
+        table.add_row(method, *(f"{getattr(row, name):.{4 if name == 'wql' else 3}f}" for name in ERRORS), *within)
     return table
+
+
+def _beside(result: Backtest) -> Iterator[str]:
+    for method, found in differences(result).items():
+        yield f"carousel's wql beside that of {method}: {told(found['wql'])}"
+    yield f"(in brackets: 95% of the resamples of {resampled_units(result)})"
 
 
 def told(difference: Difference) -> str:
@@ -134,7 +141,9 @@ def _by_series(result: Backtest) -> Table:
 
 def _breakdown(heading: str, measures: Mapping[str, Measures], rows: Mapping[str, int]) -> Table:
     levels = [level for level in LEVELS if level in measures[CAROUSEL].coverage]
-    table = _table(heading, "wql", f"{NAIVE}'s", "mase", f"{NAIVE}'s", *(f"in {level:.0%}" for level in levels))
+    table = _table(
+        heading, "wql", "seasonal\nnaive's", "mase", "seasonal\nnaive's", *(f"in {level:.0%}" for level in levels)
+    )
     for name, index in rows.items():
         ours, naive = measures[CAROUSEL].at(index), measures[NAIVE].at(index)
         numbers = (f"{ours.wql:.4f}", f"{naive.wql:.4f}", f"{ours.mase:.3f}", f"{naive.mase:.3f}")

@@ -165,7 +165,8 @@ def coverage_by_step(result: Backtest) -> str:
                 _line(axes, method, row.coverage[level], label)
         axes.set(ylim=(0, 1.02), xlabel="steps ahead", ylabel="truths within the interval")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.legend(loc="lower left", ncols=2)
+        if levels:
+            axes.legend(loc="lower left", ncols=2)
 
     return _picture(5, 4.4, draw)
 
@@ -179,7 +180,7 @@ def error_by_step(result: Backtest) -> str:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("steps ahead")
         axes.set_title(f"weighted quantile loss of {len(result.of):,} forecasts", loc="left", fontsize=10)
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")
 
     return _picture(5, 3.4, draw)
 

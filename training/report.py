@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import SupportsFloat
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from model.bundle import Bundle
 from training import pictures
 from training.backtest import CAROUSEL, NAIVE, Backtest
 from training.baselines import HISTORY_SEASONS, HISTORY_STEPS, Beside
-from training.measures import LEVELS, Difference, Measures, by_series, differences, overall, resampled_units
+from training.measures import ERRORS, LEVELS, Difference, Measures, by_series, differences, overall, resampled_units
 from training.series import Series
 
 PAGE = Path(__file__).with_name("report.html")
@@ -44,7 +45,7 @@ class Evaluation:
         steps = max(int(np.clip(HISTORY_SEASONS * season, low, high)), 3 * season)
         return [
             f"AutoETS and AutoTheta (statsforecast) are fitted anew at each origin, to the last {steps:,} steps before"
-            f" it (season {season}); gaps are filled with the value a season before. That is slow, hence"
+            f" it, with a season of {season}; gaps are filled with the value a season before. That is slow, hence"
             f" {count:,} of {len(self.result.of):,} origins, spread evenly.",
             *(
                 f"{method} could not be fitted at {failed:,} of them: there the seasonal naive stands in."
@@ -77,7 +78,7 @@ def page(evaluation: Evaluation) -> str:
         "forecasts": f"{len(result.of):,}",
         "series_count": f"{len(result.ids):,} series" if len(result.ids) > 1 else "one series",
         "horizon": f"{config.horizon:,} steps" if config.horizon > 1 else "one step",
-        "period": f"{first:%-d %B %Y} to {last:%-d %B %Y}",
+        "period": f"{first.day} {first:%B %Y} to {last.day} {last:%B %Y}",
         "summary": _summary(result),
         "shared": _shared(evaluation),
         "fans": "".join(_fans(evaluation)),
@@ -87,7 +88,6 @@ def page(evaluation: Evaluation) -> str:
         "errors_shared": pictures.error_by_step(shared) if shared else "",
         "series": _series_table(result),
         "units": resampled_units(result),
-        "remarks": "".join(f"<p>{html.escape(remark)}</p>" for remark in evaluation.remarks),
         "model": _model(bundle),
     }
     return Template(PAGE.read_text(encoding="utf-8")).substitute(values)
@@ -115,22 +115,19 @@ def _cells(cells: Iterable[str], tag: str = "td") -> str:
     return "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
 
 
-def _number(value: object, digits: int = 3) -> str:
-    number = float(value)  # type: ignore[arg-type]
+def _number(value: SupportsFloat, digits: int = 3) -> str:
+    number = float(value)
     return "—" if math.isnan(number) else f"{number:.{digits}f}"
 
 
-def _share(value: object) -> str:
-    number = float(value)  # type: ignore[arg-type]
+def _share(value: SupportsFloat) -> str:
+    number = float(value)
     return "—" if math.isnan(number) else f"{number:.1%}"
 
 
 def _summary(result: Backtest) -> str:
     rows, lower = overall(result), differences(result)
-    best = {
-        name: min((float(getattr(row, name)) for row in rows.values()), default=math.nan)
-        for name in ("wql", "sql", "mase", "rmsse")
-    }
+    best = {name: min(float(getattr(row, name)) for row in rows.values()) for name in ERRORS}
     head = _cells(
         (
             "method",
@@ -153,9 +150,9 @@ def _summary(result: Backtest) -> str:
 
 
 def _summary_row(row: Measures, best: Mapping[str, float], lower: Mapping[str, Difference] | None) -> Iterator[str]:
-    for name, digits in (("wql", 4), ("sql", 3), ("mase", 3), ("rmsse", 3)):
+    for name in ERRORS:
         value = float(getattr(row, name))
-        text = _number(value, digits)
+        text = _number(value, 4 if name == "wql" else 3)
         yield f"<b>{text}</b>" if value == best[name] else text
         if name == "wql":
             yield _beside(lower["wql"]) if lower else ""
