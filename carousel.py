@@ -109,7 +109,15 @@ def train(
     max_minutes: Annotated[float | None, typer.Option(help="Begin no epoch later than this.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the cycle.")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal models, on the same machine.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stood.")] = False,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Search: train so often, with other sizes and rates around those given; keep the best."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted training or search stood.")
+    ] = False,
 ) -> None:
     """Train a model on a table, backtest it on the held-back end beside the seasonal naive, write a bundle.
 
@@ -139,7 +147,13 @@ def train(
         resume=resume,
         **{field: value for field, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    fit(table, columns(id_column, time_column, value_column, covariates, timezone), config)
+    read = columns(id_column, time_column, value_column, covariates, timezone)
+    if trials:
+        from training.trials import search
+
+        search(table, read, config, trials)
+    else:
+        fit(table, read, config)
 
 
 @app.command()
