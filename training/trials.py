@@ -1,8 +1,8 @@
 """`carousel train --trials N`: search for better options, with Optuna.
 
 Each trial is a training; the validation loss alone says how good it was, and stops early what promises nothing. The
-first trial takes the options as given, so the search never ends with worse ones. What was tried stands in an SQLite
-file beside the bundle, which Optuna's own tools can open, and from which an interrupted search goes on.
+first trial takes the options as given, so the search never ends with worse ones. What was tried stands in a journal
+beside the bundle, which Optuna's own tools can open, and from which an interrupted search goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import numpy as np
 import optuna
 import pytorch_lightning as pl
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from pytorch_lightning.callbacks import Callback
 from safetensors.torch import load_file, save_file
@@ -32,7 +34,7 @@ from training.table import Columns, Observed
 
 log = logging.getLogger(__name__)
 
-FOLDER, STUDY, NAME = "trials", "study.db", "carousel"
+FOLDER, STUDY, NAME = "trials", "study.journal", "carousel"
 STARTUP_TRIALS = 5
 """So many are drawn at random, and run to their end, before the search learns from them."""
 IN_MODEL = ("hidden_size", "layers", "dropout")
@@ -181,7 +183,7 @@ def _study(folder: Path, run: dict[str, Any], *, wanted: bool) -> optuna.Study:
         folder.mkdir(parents=True)
     study = optuna.create_study(
         study_name=NAME,
-        storage=f"sqlite:///{file}",
+        storage=JournalStorage(JournalFileBackend(str(file))),
         pruner=optuna.pruners.MedianPruner(STARTUP_TRIALS, n_warmup_steps=max(1, run["epochs"] // 4)),
         load_if_exists=True,
     )

@@ -14,6 +14,8 @@ import optuna
 import pytest
 import torch
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from model.bundle import Bundle, load_bundle
@@ -63,10 +65,15 @@ def searched(out: Path, trials: int, many: Sequence[Observed] | None = None, **f
     return search(many or table(), Columns(), tiny(out, **fields), trials)
 
 
+def study(out: Path) -> optuna.Study:
+    """As Optuna's own tools read it from the file."""
+    storage = JournalStorage(JournalFileBackend(str(out / "trials" / "study.journal")))
+    return optuna.load_study(study_name="carousel", storage=storage)
+
+
 def tried(out: Path) -> list[FrozenTrial]:
-    """The trials that were done, as Optuna itself reads them from the file."""
-    study = optuna.load_study(study_name="carousel", storage=f"sqlite:///{out / 'trials' / 'study.db'}")
-    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    """The trials that were done."""
+    return study(out).get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
 def test_the_best_by_validation_is_the_bundle_and_it_tells_of_the_search(
@@ -129,6 +136,15 @@ def test_an_interrupted_search_resumed_is_as_if_never_interrupted(
     for name in ("whole", "parts"):
         assert len(tried(tmp_path / name)) == 4
     assert [each.params for each in tried(tmp_path / "parts")] == [each.params for each in tried(tmp_path / "whole")]
+
+
+def test_a_trial_whose_process_was_killed_is_done_again(tmp_path: Path) -> None:
+    whole = searched(tmp_path / "whole", 2)
+    searched(tmp_path / "parts", 1)
+    study(tmp_path / "parts").ask(space(tiny(tmp_path)))
+    (tmp_path / "parts" / "trials" / "1.safetensors").write_bytes(b"half a fi")
+    assert searched(tmp_path / "parts", 2, resume=True).weights_sha256 == whole.weights_sha256
+    assert len(tried(tmp_path / "parts")) == 2
 
 
 def test_stopped_before_anything_is_done_there_is_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
