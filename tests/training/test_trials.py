@@ -141,7 +141,7 @@ def test_an_interrupted_search_resumed_is_as_if_never_interrupted(
 def test_a_trial_whose_process_was_killed_is_done_again(tmp_path: Path) -> None:
     whole = searched(tmp_path / "whole", 2)
     searched(tmp_path / "parts", 1)
-    study(tmp_path / "parts").ask(space(tiny(tmp_path)))
+    study(tmp_path / "parts").ask(module.space(tiny(tmp_path)))
     (tmp_path / "parts" / "trials" / "1.safetensors").write_bytes(b"half a fi")
     assert searched(tmp_path / "parts", 2, resume=True).weights_sha256 == whole.weights_sha256
     assert len(tried(tmp_path / "parts")) == 2
