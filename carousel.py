@@ -259,8 +259,16 @@ def bench(
         int | None,
         typer.Option(min=1, help="Instead: how long a worker takes to take up so many streams, 100000 say."),
     ] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="Instead: how fast training is; beside NeuralForecast, if it is there.")
+    ] = False,
 ) -> None:
     """Measure how fast the worker is, beside the limits of its parts; all in one run, as the machine's mood varies."""
+    if training:
+        from deploy import bench_training
+
+        bench_training.run(threads=threads)
+        return
     from deploy import bench, bench_restore
 
     quiet("kafka")
