@@ -9,12 +9,14 @@ from rich.console import Console
 
 from deploy import bench_training
 from deploy.bench_training import BARE, CAROUSEL, run
+from training import windows
 from training.windows import WindowOptions
 
 
 def test_every_measurement_is_told_beside_carousel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_training, "WINDOWS", WindowOptions(steps=32, burn_in=8, batch_size=2))
     monkeypatch.setattr(bench_training, "SERIES", 2)
+    monkeypatch.setattr(windows, "COLD_STARTS", 4)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     console = Console(record=True, width=160)
     figures = run(batches=2, rounds=2, console=console)
