@@ -36,7 +36,7 @@ ORIGINS = 120
 SECONDS = 240.0
 HISTORY_SEASONS = 20
 HISTORY_STEPS = (300, 1000)
-"""They are fitted to so much of the history before an origin: 20 seasons, within these bounds."""
+"""They are fitted to so much of the history before an origin: 20 seasons, within these bounds, but three at least."""
 
 Floats = NDArray[np.float64]
 
@@ -142,8 +142,16 @@ class _Histories:
         piece = next(each for each in pieces if each.ts_ms[0] <= origin <= each.ts_ms[-1])
         stop = int(np.searchsorted(piece.ts_ms, origin, side="right"))
         season = self.result.config.season
-        steps = max(int(np.clip(HISTORY_SEASONS * season, *HISTORY_STEPS)), 3 * season)
-        return without_gaps(piece.y[max(0, stop - steps) : stop], season)
+        return without_gaps(piece.y[max(0, stop - history_steps(season)) : stop], season)
+
+
+def history_steps(season: int) -> int:
+    """How far back from an origin a baseline looks.
+
+    >>> history_steps(1), history_steps(24), history_steps(168), history_steps(1440)
+    (300, 480, 1000, 4320)
+    """
+    return max(int(np.clip(HISTORY_SEASONS * season, *HISTORY_STEPS)), 3 * season)
 
 
 def without_gaps(y: Floats, season: int) -> Floats:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from model.bundle import Bundle
 from training.backtest import CAROUSEL, NAIVE, Backtest, backtest
-from training.baselines import beside, parse_baselines
+from training.baselines import Beside, beside, history_steps, parse_baselines
 from training.measures import (
     ERRORS,
     LEVELS,
@@ -26,13 +27,40 @@ from training.measures import (
     overall,
     resampled_units,
 )
-from training.report import Evaluation, write_report
-from training.series import to_grid
+from training.series import Series, to_grid
 from training.table import Columns, read_table
 from training.windows import find_split
 
 ROWS = 20
 """Series and horizons shown one by one, at most."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is told of a backtest. table: its name. shared: the origins at which the fitted baselines forecast too."""
+
+    bundle: Bundle
+    table: str
+    series: Sequence[Series]
+    result: Backtest
+    shared: Beside | None = None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader should know of the baselines."""
+        if self.shared is None:
+            return []
+        season, count = self.bundle.config.season, len(self.shared.result.of)
+        return [
+            f"{' and '.join(self.shared.stood_in)} of statsforecast: fitted anew at each origin, to the last"
+            f" {history_steps(season):,} steps before it, with a season of {season}; gaps are filled with the value a"
+            f" season before. That is slow, hence {count:,} of {len(self.result.of):,} origins, spread evenly.",
+            *(
+                f"{method} could not be fitted at {failed:,} of them: there the seasonal naive stands in."
+                for method, failed in self.shared.stood_in.items()
+                if failed
+            ),
+        ]
 
 
 def run(
@@ -73,6 +101,8 @@ def run(
         result.write_forecasts(forecasts)
         console.print(f"forecasts written to {forecasts}")
     if report:
+        from training.report import write_report  # with matplotlib, for which nobody else shall wait
+
         console.print(f"report written to {write_report(report, evaluation)}")
     return evaluation
 

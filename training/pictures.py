@@ -178,11 +178,12 @@ def error_by_step(result: Backtest) -> str:
         for method, row in by_step(result).items():
             _line(axes, method, row.wql, name(method))
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("steps ahead")
-        axes.set_title(f"weighted quantile loss of {len(result.of):,} forecasts", loc="left", fontsize=10)
-        axes.legend(loc="best")
+        axes.set(xlabel="steps ahead", ylabel="weighted quantile loss")
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, columnspacing=1, handlelength=1.2
+        )
 
-    return _picture(5, 3.4, draw)
+    return _picture(5, 3.2, draw)
 
 
 def _line(axes: Axes, method: str, values: Tensor, label: str | None) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from string import Template
 from typing import SupportsFloat
@@ -16,43 +15,12 @@ import pandas as pd
 from model.bundle import Bundle
 from training import pictures
 from training.backtest import CAROUSEL, NAIVE, Backtest
-from training.baselines import HISTORY_SEASONS, HISTORY_STEPS, Beside
+from training.evaluate import Evaluation
 from training.measures import ERRORS, LEVELS, Difference, Measures, by_series, differences, overall, resampled_units
-from training.series import Series
 
 PAGE = Path(__file__).with_name("report.html")
 SERIES_MAX = 500
 """Series in the table of the report, the hardest first."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is told of a backtest. table: its name. shared: the origins at which the fitted baselines forecast too."""
-
-    bundle: Bundle
-    table: str
-    series: Sequence[Series]
-    result: Backtest
-    shared: Beside | None = None
-
-    @property
-    def remarks(self) -> list[str]:
-        """What a reader should know of the baselines."""
-        if self.shared is None:
-            return []
-        low, high = HISTORY_STEPS
-        season, count = self.bundle.config.season, len(self.shared.result.of)
-        steps = max(int(np.clip(HISTORY_SEASONS * season, low, high)), 3 * season)
-        return [
-            f"AutoETS and AutoTheta (statsforecast) are fitted anew at each origin, to the last {steps:,} steps before"
-            f" it, with a season of {season}; gaps are filled with the value a season before. That is slow, hence"
-            f" {count:,} of {len(self.result.of):,} origins, spread evenly.",
-            *(
-                f"{method} could not be fitted at {failed:,} of them: there the seasonal naive stands in."
-                for method, failed in self.shared.stood_in.items()
-                if failed
-            ),
-        ]
 
 
 def write_report(path: Path, evaluation: Evaluation) -> Path:
@@ -81,11 +49,15 @@ def page(evaluation: Evaluation) -> str:
         "period": f"{first.day} {first:%B %Y} to {last.day} {last:%B %Y}",
         "summary": _summary(result),
         "shared": _shared(evaluation),
+        "of_which": ", of the series forecast best, middling and worst" if len(result.ids) > 2 else "",
         "fans": "".join(_fans(evaluation)),
         "reliability": pictures.reliability(result, shared),
         "coverage": pictures.coverage_by_step(result),
-        "errors": pictures.error_by_step(result),
-        "errors_shared": pictures.error_by_step(shared) if shared else "",
+        "errors": "".join(
+            f"<div><p class=note>{len(each.of):,} forecasts</p>{pictures.error_by_step(each)}</div>"
+            for each in (result, shared)
+            if each
+        ),
         "series": _series_table(result),
         "units": resampled_units(result),
         "model": _model(bundle),

@@ -17,9 +17,9 @@ from model.bundle import Bundle, save_bundle
 from model.network import Forecaster
 from tests.training.synthetic import forecaster, series
 from training.backtest import CAROUSEL, NAIVE, backtest
-from training.evaluate import run
+from training.evaluate import Evaluation, run
 from training.measures import overall
-from training.report import Evaluation, page, write_report
+from training.report import page, write_report
 from training.series import Series
 from training.table import Columns, TableError
 
