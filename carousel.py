@@ -109,7 +109,15 @@ def train(
     max_minutes: Annotated[float | None, typer.Option(help="Begin no epoch later than this.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the cycle.")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal models, on the same machine.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stood.")] = False,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Search: train so often, with other sizes and rates around those given; keep the best."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted training or search stood.")
+    ] = False,
 ) -> None:
     """Train a model on a table, backtest it on the held-back end beside the seasonal naive, write a bundle.
 
@@ -139,7 +147,13 @@ def train(
         resume=resume,
         **{field: value for field, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    fit(table, columns(id_column, time_column, value_column, covariates, timezone), config)
+    read = columns(id_column, time_column, value_column, covariates, timezone)
+    if trials:
+        from training.trials import search
+
+        search(table, read, config, trials)
+    else:
+        fit(table, read, config)
 
 
 @app.command()
@@ -155,15 +169,41 @@ def backtest(
         typer.Option(min=1, help="Forecast from the last so many steps of each series.  \\[default: as held back]"),
     ] = None,
     every: Annotated[int | None, typer.Option(min=1, help="Of those steps, every so-manieth.")] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            help="Beside the seasonal naive: ets, theta (both of statsforecast) or none.  \\[default: ets,theta]"
+        ),
+    ] = None,
+    baseline_origins: Annotated[
+        int | None,
+        typer.Option(min=1, help="Origins at which those are fitted.  \\[default: 120, or what takes four minutes]"),
+    ] = None,
     forecasts: Annotated[Path | None, typer.Option(help="Write all forecasts to this Parquet file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with tables and pictures to this .html file or directory.")
+    ] = None,
 ) -> None:
-    """Replay a table as it would be served and say how good the forecasts were, beside the seasonal naive."""
+    """Replay a table as it would be served and say how good the forecasts were, beside what else one might use.
+
+    Example: carousel backtest models/sales sales.csv --id-column shop --report sales.html
+    """
     from model.bundle import load_bundle
-    from training.backtest import run
+    from training.evaluate import run
 
     setup_logging("info")
     read = columns(id_column, time_column, value_column, "", timezone)
-    run(load_bundle(bundle), table, read, last=last, every=every, forecasts=forecasts)
+    run(
+        load_bundle(bundle),
+        table,
+        read,
+        last=last,
+        every=every,
+        baselines=baselines,
+        baseline_origins=baseline_origins,
+        forecasts=forecasts,
+        report=report,
+    )
 
 
 @app.command()
@@ -219,8 +259,16 @@ def bench(
         int | None,
         typer.Option(min=1, help="Instead: how long a worker takes to take up so many streams, 100000 say."),
     ] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="Instead: how fast training is; beside NeuralForecast, if it is there.")
+    ] = False,
 ) -> None:
     """Measure how fast the worker is, beside the limits of its parts; all in one run, as the machine's mood varies."""
+    if training:
+        from deploy import bench_training
+
+        bench_training.run(threads=threads)
+        return
     from deploy import bench, bench_restore
 
     quiet("kafka")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +17,16 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from model.bundle import Bundle
 from model.config import ModelConfig
 from model.follow import Follower
 from model.network import Forecast, Forecaster
 from model.scoring import Scores, score
-from training.series import Series, to_grid
-from training.table import Columns, TableError, read_table
-from training.windows import block_of, cut, find_split
+from training.series import Series
+from training.table import TableError
+from training.windows import block_of, cut
 
 CAROUSEL, RAW, NAIVE = "carousel", "carousel, raw", "seasonal naive"
 """The methods, by the names that tables and bundles give them."""
@@ -38,8 +36,6 @@ BLOCK_NUMBERS = 4_000_000
 """And so many at most are in work at once."""
 GROUP_STREAMS = 512
 """Series replayed side by side."""
-TABLE_ROWS = 20
-"""Series and horizons shown one by one, at most."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,9 @@ class Backtest:
     """Forecasts from N origins for the H steps after each, with what came true. All tensors float64.
 
     series: by its unique_id; of [N]: the index of each origin's in `ids`. origin_ms [N] int64: the time of the last
-    observation seen. truth [N, H], NaN where missing. quantiles [N, H, Q], by method. naive_mae [N]: the error of the
-    seasonal naive point in the series' history before its first origin.
+    observation seen. truth [N, H], NaN where missing. quantiles [N, H, Q], by method. naive_mae, naive_rmse [N]: the
+    mean absolute and the root mean squared error of the seasonal naive point in the series' history before its first
+    origin.
     """
 
     config: ModelConfig
@@ -58,31 +55,30 @@ class Backtest:
     truth: Tensor
     quantiles: Mapping[str, Tensor]
     naive_mae: Tensor
+    naive_rmse: Tensor
 
     def scores(self) -> dict[str, Scores]:
-        """Over everything, by method."""
-        return self._scores(torch.arange(len(self.of)), slice(None))
-
-    def scores_by_step(self) -> list[dict[str, Scores]]:
-        """For each of the H steps ahead alone."""
-        everything = torch.arange(len(self.of))
-        return [self._scores(everything, slice(step, step + 1)) for step in range(self.config.horizon)]
-
-    def scores_by_series(self) -> dict[str, dict[str, Scores]]:
-        """For each series alone, by its unique_id."""
+        """Over everything, by method: the few measures that a live stream has too."""
+        truth = self.truth.flatten()
+        naive_mae = self.naive_mae[:, None].expand_as(self.truth).flatten()
         return {
-            name: self._scores(rows, slice(None))
-            for number, name in enumerate(self.ids)
-            if len(rows := (self.of == number).nonzero()[:, 0])
-        }
-
-    def _scores(self, rows: Tensor, steps: slice) -> dict[str, Scores]:
-        truth = self.truth[rows, steps]
-        naive_mae = self.naive_mae[rows, None].expand_as(truth).flatten()
-        return {
-            method: score(quantiles[rows, steps].flatten(0, 1), truth.flatten(), naive_mae, self.config)
+            method: score(quantiles.flatten(0, 1), truth, naive_mae, self.config)
             for method, quantiles in self.quantiles.items()
         }
+
+    def at(self, rows: Tensor) -> Backtest:
+        """The forecasts from some of the origins alone. rows: indices [n] int64; series left without any go too."""
+        kept, of = torch.unique(self.of[rows], return_inverse=True)
+        return dataclasses.replace(
+            self,
+            ids=[self.ids[number] for number in kept],
+            of=of,
+            origin_ms=self.origin_ms[rows],
+            truth=self.truth[rows],
+            quantiles={method: quantiles[rows] for method, quantiles in self.quantiles.items()},
+            naive_mae=self.naive_mae[rows],
+            naive_rmse=self.naive_rmse[rows],
+        )
 
     def write_forecasts(self, path: Path) -> None:
         """Write the forecasts as Parquet, one row for each origin and step ahead.
@@ -209,6 +205,11 @@ def _assembled(config: ModelConfig, chosen: Sequence[_Chosen], replayed: Sequenc
         issued.base[..., None] + _naive_spread(each.series.y[: each.start], config)
         for each, issued in zip(chosen, replayed, strict=True)
     ]
+
+    def of_history(error: Callable[[NDArray[np.float64], int], float]) -> Tensor:
+        errors = [error(each.series.y[: each.start], config.season) for each in chosen]
+        return torch.tensor(errors, dtype=torch.float64).repeat_interleave(counts)
+
     return Backtest(
         config=config,
         ids=list(number),
@@ -220,9 +221,8 @@ def _assembled(config: ModelConfig, chosen: Sequence[_Chosen], replayed: Sequenc
             RAW: torch.cat([issued.raw for issued in replayed]),
             NAIVE: torch.cat(naive),
         },
-        naive_mae=torch.tensor([naive_mae(each.series.y[: each.start], config.season) for each in chosen])
-        .double()
-        .repeat_interleave(counts),
+        naive_mae=of_history(naive_mae),
+        naive_rmse=of_history(naive_rmse),
     )
 
 
@@ -234,6 +234,16 @@ def naive_mae(history: NDArray[np.float64], season: int) -> float:
     """
     errors = np.abs(history[season:] - history[:-season])
     return float(np.nanmean(errors)) if (~np.isnan(errors)).any() else math.nan
+
+
+def naive_rmse(history: NDArray[np.float64], season: int) -> float:
+    """Its root mean squared error; NaN likewise.
+
+    >>> naive_rmse(np.array([1.0, 2.0, 2.0, np.nan, 9.0]), season=2)
+    5.0
+    """
+    squares = np.square(history[season:] - history[:-season])
+    return math.sqrt(np.nanmean(squares)) if (~np.isnan(squares)).any() else math.nan
 
 
 def _naive_spread(history: NDArray[np.float64], config: ModelConfig) -> Tensor:
@@ -248,43 +258,6 @@ def _naive_spread(history: NDArray[np.float64], config: ModelConfig) -> Tensor:
     return spread
 
 
-def run(
-    bundle: Bundle,
-    table: Path,
-    columns: Columns,
-    *,
-    last: int | None = None,
-    every: int | None = None,
-    forecasts: Path | None = None,
-    console: Console | None = None,
-) -> Backtest:
-    """`carousel backtest`: replay a table, print how good the forecasts were, and write them where asked.
-
-    last: how many steps at the end of each series are forecast (None: those held back when the bundle was trained);
-    every: of the origins there, each so-manieth. Covariates are those of the bundle, whatever `columns` says. Raises
-    TableError if the table cannot be read or is too short, OSError if the file cannot be written.
-    """
-    config = bundle.config
-    columns = dataclasses.replace(columns, covariates=config.covariates)
-    series = to_grid(read_table(table, columns), config.grid, config.max_gap)
-    lengths = [len(each.y) for each in series]
-    if last is None:
-        split = find_split(lengths, config.horizon, bundle.training.get("test_steps"))
-        starts = [split.test_start(length) for length in lengths]
-    else:
-        starts = [max(1, length - last) for length in lengths]
-    result = backtest(bundle.forecaster, series, starts, every)
-    console = console or Console()
-    console.print(
-        f"{bundle.model_id}: {len(result.of):,} forecasts", summary(result.scores()), sep="\n", highlight=False
-    )
-    console.print(_by_step(result), _by_series(result))
-    if forecasts:
-        result.write_forecasts(forecasts)
-        console.print(f"forecasts written to {forecasts}")
-    return result
-
-
 def summary(scores: Mapping[str, Scores]) -> Table:
     """The overall scores, one row a method."""
     table = Table("method")
@@ -292,28 +265,4 @@ def summary(scores: Mapping[str, Scores]) -> Table:
         table.add_column(measure, justify="right")
     for method, row in scores.items():
         table.add_row(method, f"{row.wql:.4f}", f"{row.mase:.3f}", f"{row.coverage:.1%}")
-    return table
-
-
-def _by_step(result: Backtest) -> Table:
-    scores = result.scores_by_step()
-    shown = sorted({round(step) for step in np.linspace(0, len(scores) - 1, TABLE_ROWS // 2)})
-    return _breakdown("step ahead", ((str(step + 1), scores[step]) for step in shown))
-
-
-def _by_series(result: Backtest) -> Table:
-    scores = result.scores_by_series()
-    hardest = sorted(scores, key=lambda name: -np.nan_to_num(scores[name][CAROUSEL].mase))[:TABLE_ROWS]
-    heading = "series" if len(hardest) == len(scores) else f"series (the hardest {TABLE_ROWS} of {len(scores):,})"
-    return _breakdown(heading, ((name, scores[name]) for name in hardest))
-
-
-def _breakdown(heading: str, rows: Iterable[tuple[str, Mapping[str, Scores]]]) -> Table:
-    table = Table(heading)
-    for measure in ("wql", f"{NAIVE}'s", "mase", f"{NAIVE}'s", "coverage"):
-        table.add_column(measure, justify="right")
-    for name, row in rows:
-        ours, naive = row[CAROUSEL], row[NAIVE]
-        numbers = (f"{ours.wql:.4f}", f"{naive.wql:.4f}", f"{ours.mase:.3f}", f"{naive.mase:.3f}")
-        table.add_row(name, *numbers, f"{ours.coverage:.1%}")
     return table
