@@ -101,7 +101,7 @@ def train(
         int | None,
         typer.Option(help="Steps at the end of each series held back for the backtest.  \\[default: a tenth]"),
     ] = None,
-    cell: Annotated[str, typer.Option(help="lstm, or rnn to see what the LSTM is good for.")] = "lstm",
+    cell: Annotated[str, typer.Option(help="lstm, gru, or rnn: a plain one, to see what gates are good for.")] = "lstm",
     hidden_size: Annotated[int, typer.Option(help="Numbers in h and in C, a layer.")] = 64,
     layers: Annotated[int, typer.Option(help="Recurrent layers.")] = 2,
     dropout: Annotated[float, typer.Option(help="Dropped between layers while training.")] = 0.0,

@@ -153,10 +153,10 @@ class Layer(Answer):
     """A layer of the recurrence after its last step; each list has one number a hidden unit."""
 
     h: list[float] = Field(description="Hidden state, -1 to 1.")
-    c: list[float] = Field(description="Cell state C, the constant error carousel; zeros for a plain RNN.")
+    c: list[float] = Field(description="Cell state C, the constant error carousel; zeros for a GRU or RNN.")
     gates: dict[str, list[float]] = Field(
-        description="What the gates `input`, `forget`, `output` (0 to 1) and the `candidate` (-1 to 1) were in the last"
-        " step; none for a plain RNN."
+        description="What the gates were in the last step. LSTM: `input`, `forget`, `output` (0 to 1) and the"
+        " `candidate` (-1 to 1); GRU: `reset`, `update` (0 to 1) and the `candidate`; a plain RNN has none."
     )
 
 

@@ -304,6 +304,14 @@ class TestStreams:
         assert [layer["gates"] for layer in ok(api.client.get("/v1/streams/a/state"))["layers"]] == [{}, {}]
         check_against_schema(api, "get", "/v1/streams/{stream}/state", api.client.get("/v1/streams/a/state"))
 
+    def test_a_gru_is_opened_by_the_names_of_its_own_gates(self, start: Start) -> None:
+        api = start(ModelConfig(season=1, horizon=2, quantiles=(0.5,), cell="gru", hidden_size=4, layers=1))
+        api.feed([record("a", EXAMPLE_TS_MS, 1.0)])
+        (layer,) = ok(api.client.get("/v1/streams/a/state"))["layers"]
+        assert list(layer["gates"]) == ["reset", "update", "candidate"]
+        assert layer["gates"]["update"] == api.state("a")["gates"][0, 0, 1].tolist()
+        assert layer["c"] == [0.0] * 4
+
 
 BAD_FIELDS: list[tuple[dict[str, Any] | str, list[str | int]]] = [
     ({}, ["body"]),
