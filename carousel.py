@@ -166,6 +166,50 @@ def backtest(
     run(load_bundle(bundle), table, read, last=last, every=every, forecasts=forecasts)
 
 
+@app.command("inspect")
+def inspect_(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    table: Table,
+    stream: Annotated[str, typer.Option(help="The series to let through the model, by its id.")],
+    out: Annotated[Path, typer.Option(help="Directory to write page, pictures and numbers to.")] = Path("inspected"),
+    last: Annotated[int, typer.Option(min=2, help="Look at the last so many steps of it.")] = 400,
+    id_column: IdColumn = "unique_id",
+    time_column: TimeColumn = "ds",
+    value_column: ValueColumn = "y",
+    timezone: Timezone = None,
+) -> None:
+    """Open a model up: each gate, C and h through time, how long units remember, how far gradients reach back.
+
+    Writes index.html (with all pictures in it), summary.json and trace.parquet.
+    """
+    from model.bundle import load_bundle
+    from training.inspect import run
+
+    setup_logging("info")
+    read = columns(id_column, time_column, value_column, "", timezone)
+    run(load_bundle(bundle), table, read, stream, last=last, out=out)
+
+
+@app.command()
+def memory(
+    out: Annotated[Path, typer.Option(help="Directory to write page, pictures and numbers to.")] = Path("memory"),
+    steps: Annotated[int, typer.Option(min=10, help="Length of the adding problem.")] = 400,
+    needle: Annotated[str, typer.Option(help="Steps that a needle is to be remembered.")] = "50,100,200,500,1000",
+    updates: Annotated[int, typer.Option(min=1, help="Updates that a cell may take to learn to add.")] = 1000,
+    needle_updates: Annotated[int, typer.Option(min=1, help="And to remember a needle.")] = 400,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal results, on the same machine.")] = 0,
+) -> None:
+    """Measure how far back RNN, GRU and LSTM can remember, and show why: by how far their gradients reach.
+
+    The adding problem and a needle in a haystack; some minutes on one core. Writes index.html and memory.json.
+    """
+    from training.memory import MemoryConfig, run
+
+    setup_logging("info")
+    lengths = tuple(int(length) for length in numbers(needle, "--needle"))
+    run(MemoryConfig(steps, lengths, updates, needle_updates, seed), out)
+
+
 @app.command()
 def replay(
     table: Table,

@@ -23,7 +23,7 @@ cuDNN's) variant: the reset gate acts on U_n h_{t-1} with a bias of its own, whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,27 @@ class Recurrence(nn.Module):
         fused = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[cell]
         self.fused = fused(inputs, hidden_size, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
         self.dropout = nn.Dropout(dropout)
+
+    @torch.no_grad()
+    def remember(self, steps: int) -> Self:
+        """Start with units that remember for 1 ... `steps` steps: chrono initialisation (Tallec and Ollivier 2018).
+
+        The forget gate's bias is ln u with u uniform in 1 ... steps - 1, so that a unit keeps 1 - 1/(1 + u) of itself
+        a step; the input gate's is -ln u, so that it writes what it forgets. A GRU's update gate does both. Raises
+        ValueError for a cell without such a gate.
+        """
+        if self.cell not in KEEPS:
+            raise ValueError(f"a cell that keeps nothing cannot remember: {self.cell}")
+        hidden = self.fused.hidden_size
+        for number in range(self.fused.num_layers):
+            _, _, b_w, b_u = self.layer(number)
+            bias = torch.empty(hidden).uniform_(1, max(steps - 1, 1)).log()
+            of = {name: slice(n * hidden, (n + 1) * hidden) for n, name in enumerate(GATES[self.cell])}
+            for gate, value in ((KEEPS[self.cell], bias), ("input", -bias)):
+                if gate in of:
+                    b_w[of[gate]] = value
+                    b_u[of[gate]] = 0.0
+        return self
 
     def layer(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The weights w, u, b_w, b_u of a layer, as the cells take them."""
