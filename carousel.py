@@ -101,6 +101,12 @@ def train(
         int | None,
         typer.Option(help="Steps at the end of each series held back for the backtest.  \\[default: a tenth]"),
     ] = None,
+    task: Annotated[
+        str, typer.Option(help="forecast; or classify, regress: tell the label of a whole series.")
+    ] = "forecast",
+    label_column: Annotated[
+        str, typer.Option(help="Column with the label of each series, with --task classify or regress.")
+    ] = "label",
     cell: Annotated[str, typer.Option(help="lstm, gru, or rnn: a plain one, to see what gates are good for.")] = "lstm",
     hidden_size: Annotated[int, typer.Option(help="Numbers in h and in C, a layer.")] = 64,
     layers: Annotated[int, typer.Option(help="Recurrent layers.")] = 2,
@@ -118,11 +124,20 @@ def train(
     from training.fit import TrainConfig, fit
 
     setup_logging("info")
+    read = columns(id_column, time_column, value_column, covariates, timezone)
     given = {
         "epochs": epochs,
         "max_seconds": None if max_minutes is None else max_minutes * 60,
         "learning_rate": learning_rate,
     }
+    known: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    if task != "forecast":
+        from training.classify import ClassifyConfig, fit_classifier
+
+        shape = {"cell": cell, "hidden_size": hidden_size, "layers": layers, "dropout": dropout}
+        whole = ClassifyConfig(out, label_column, task, name, step, season, seed=seed, **shape, **known)  # type: ignore[arg-type]
+        fit_classifier(table, read, whole)
+        return
     config = TrainConfig(
         out=out,
         name=name,
@@ -137,9 +152,9 @@ def train(
         dropout=dropout,
         seed=seed,
         resume=resume,
-        **{field: value for field, value in given.items() if value is not None},  # type: ignore[arg-type]
+        **known,
     )
-    fit(table, columns(id_column, time_column, value_column, covariates, timezone), config)
+    fit(table, read, config)
 
 
 @app.command()

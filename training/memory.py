@@ -109,7 +109,7 @@ def run(config: MemoryConfig, out: Path) -> Report:
         " asked for; guessing has 0.083. All cells have 32 units in one layer and the same budget: Adam, learning rate"
         f" 0.01, clipped at 1, 32 sequences an update. Seed {config.seed}; `carousel memory` measures it again."
     )
-    page = write_page(out, "How far back can it remember?", intro, parts, dpi=80)
+    page = write_page(out, "How far back can it remember?", intro, parts)
     table = Table(*rows[0])
     for row in rows[1:]:
         table.add_row(*row)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -39,7 +40,7 @@ class Grid:
     rows: Sequence[Sequence[str]]
 
 
-def write_page(out: Path, title: str, intro: str, parts: Sequence[Picture | Grid], *, dpi: int = 110) -> Path:
+def write_page(out: Path, title: str, intro: str, parts: Sequence[Picture | Grid], *, dpi: int = 80) -> Path:
     """Write `index.html`, whole in itself, and beside it each picture as PNG. -> the page.
 
     Raises OSError where it cannot be written.
@@ -62,10 +63,11 @@ def write_page(out: Path, title: str, intro: str, parts: Sequence[Picture | Grid
 
 
 def png(figure: Figure, dpi: int) -> bytes:
-    """The same bytes for the same figure: no time, no version."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
-    return file.getvalue()
+    """The same bytes for the same figure: no time, no version. In 200 colours: a third of the size, and looks alike."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    Image.open(drawn).convert("RGB").quantize(200).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

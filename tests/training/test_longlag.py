@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,6 @@ import torch
 from model.cells import GATES, Recurrence
 from training.longlag import Learner, Task, learn
 from training.memory import MemoryConfig, run
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Steps this short are done sooner by one than by two that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(task: Task, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
