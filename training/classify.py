@@ -59,7 +59,7 @@ class ClassifyConfig:
     epochs: int = 60
     """The learning rate's cycle ends with the last; the weights of the best are kept."""
     max_seconds: float | None = None
-    batch: int = 16
+    batch: int = 8
     learning_rate: float = 5e-3
     clip: float = 1.0
 

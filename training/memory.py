@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 WIDTH = 9.0
 """Of a figure, in inches."""
+RNN, GRU, LSTM = ({"cell": cell} for cell in ("rnn", "gru", "lstm"))
+CHRONO = {**LSTM, "remember": True}
+CELLS: Sequence[dict[str, Any]] = (RNN, GRU, LSTM, CHRONO)
 COLOURS = {"RNN": "#d62728", "GRU": "#2ca02c", "LSTM": "#ff7f0e", "LSTM, chrono": "#1f77b4"}
 
 
@@ -61,21 +64,19 @@ def measure(config: MemoryConfig) -> Report:
             adding, cell="rnn", gain=1.5, plain=True, learning_rate=0.1, updates=min(config.updates, 200)
         )
         return Report(
-            [_learn(Task(config.steps), learner) for learner in _cells(adding)],
-            [_learn(Task(n, needle=True), learner) for n in config.needle_steps for learner in _cells(needle)],
+            [_learn(Task(config.steps), learner) for learner in _like(adding, *CELLS)],
+            [
+                _learn(Task(steps, needle=True), learner)
+                for steps in config.needle_steps
+                for learner in _like(needle, RNN, LSTM, CHRONO)
+            ],
             [_learn(Task(50), dataclasses.replace(explosive, clip=clip)) for clip in (None, 1.0)],
         )
     finally:
         torch.set_num_threads(before)
 
 
-def _cells(learner: Learner) -> list[Learner]:
-    kinds: Sequence[dict[str, Any]] = (
-        {"cell": "rnn"},
-        {"cell": "gru"},
-        {"cell": "lstm"},
-        {"cell": "lstm", "remember": True},
-    )
+def _like(learner: Learner, *kinds: dict[str, Any]) -> list[Learner]:
     return [dataclasses.replace(learner, **kind) for kind in kinds]
 
 
@@ -216,7 +217,8 @@ def _reach(report: Report) -> Picture:
 
 def _needle(report: Report) -> Picture:
     figure, axes = _figure()
-    for name in COLOURS:
+    names = list(dict.fromkeys(each.learner.name for each in report.needle))
+    for name in names:
         of = [each for each in report.needle if each.learner.name == name]
         errors = [each.mse / each.task.guess for each in of]
         axes.plot([each.task.steps for each in of], errors, marker="o", label=name, color=COLOURS[name])
@@ -226,7 +228,7 @@ def _needle(report: Report) -> Picture:
     axes.set_xlabel("steps to remember it")
     axes.set_ylabel("error, over that of guessing")
     axes.legend(fontsize=8)
-    solved = {name: [e.task.steps for e in report.needle if e.learner.name == name and e.solved] for name in COLOURS}
+    solved = {name: [e.task.steps for e in report.needle if e.learner.name == name and e.solved] for name in names}
     told = "; ".join(f"{name}: {f'up to {max(steps)} steps' if steps else 'none'}" for name, steps in solved.items())
     text = f"One value, shown at the first step, is asked for at the end. Solved by {told}."
     return Picture("needle", "A needle remembered", text, figure)
