@@ -128,6 +128,15 @@ class TestPredict:
         assert (answer["status"], answer["count"]) == ("warming", 2)
         assert ok(api.predict({"history": history(0, CONFIG.warmup)}))["status"] == "live"
 
+    def test_one_observation_is_answered_with_all_steps_of_the_horizon(self, api: Running) -> None:
+        """One-to-many: from a single value to what comes after it."""
+        told = ok(api.predict({"history": history(7, 8)}))
+        assert (told["count"], told["observed"], told["status"]) == (1, value_at(7), "warming")
+        assert {quantile: len(of) for quantile, of in told["quantiles"].items()} == {"0.1": 8, "0.5": 8, "0.9": 8}
+        assert told["timestamps"] == [time_at(8 + step) for step in range(8)]
+        other = ok(api.predict({"history": [{"ts": time_at(7), "value": 10 * value_at(7)}]}))
+        assert min(other["quantiles"]["0.5"]) > max(told["quantiles"]["0.5"])
+
     def test_a_history_without_any_value_is_answered(self, api: Running) -> None:
         answer = ok(api.predict({"history": [{"ts": EXAMPLE_TS_MS, "value": None}]}))
         assert answer["observed"] is None
