@@ -211,7 +211,7 @@ def memory(
     steps: Annotated[int, typer.Option(min=10, help="Length of the adding problem.")] = 400,
     needle: Annotated[str, typer.Option(help="Steps that a needle is to be remembered.")] = "50,100,200,500,1000",
     updates: Annotated[int, typer.Option(min=1, help="Updates that a cell may take to learn to add.")] = 1000,
-    needle_updates: Annotated[int, typer.Option(min=1, help="And to remember a needle.")] = 400,
+    needle_updates: Annotated[int, typer.Option(min=1, help="And to remember a needle.")] = 600,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal results, on the same machine.")] = 0,
 ) -> None:
     """Measure how far back RNN, GRU and LSTM can remember, and show why: by how far their gradients reach.

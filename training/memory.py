@@ -40,7 +40,7 @@ class MemoryConfig:
     """Of the adding problem."""
     needle_steps: tuple[int, ...] = (50, 100, 200, 500, 1000)
     updates: int = 1000
-    needle_updates: int = 400
+    needle_updates: int = 600
     seed: int = 0
 
 
