@@ -121,23 +121,35 @@ def train(
 
     Example: carousel train sales.csv --id-column shop --time-column day --value-column sold --out models/sales
     """
+    if task != "forecast":
+        from training.classify import ClassifyConfig, fit_classifier
+
+        setup_logging("info")
+        known = {"epochs": epochs, "max_seconds": max_minutes and max_minutes * 60, "learning_rate": learning_rate}
+        whole = ClassifyConfig(
+            out,
+            label_column,
+            task,  # type: ignore[arg-type]  # checked there
+            name=name,
+            step=step,
+            season=season,
+            cell=cell,  # type: ignore[arg-type]
+            hidden_size=hidden_size,
+            layers=layers,
+            dropout=dropout,
+            seed=seed,
+            **{field: value for field, value in known.items() if value is not None},  # type: ignore[arg-type]
+        )
+        fit_classifier(table, columns(id_column, time_column, value_column, covariates, timezone), whole)
+        return
     from training.fit import TrainConfig, fit
 
     setup_logging("info")
-    read = columns(id_column, time_column, value_column, covariates, timezone)
     given = {
         "epochs": epochs,
         "max_seconds": None if max_minutes is None else max_minutes * 60,
         "learning_rate": learning_rate,
     }
-    known: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
-    if task != "forecast":
-        from training.classify import ClassifyConfig, fit_classifier
-
-        shape = {"cell": cell, "hidden_size": hidden_size, "layers": layers, "dropout": dropout}
-        whole = ClassifyConfig(out, label_column, task, name, step, season, seed=seed, **shape, **known)  # type: ignore[arg-type]
-        fit_classifier(table, read, whole)
-        return
     config = TrainConfig(
         out=out,
         name=name,
@@ -152,9 +164,9 @@ def train(
         dropout=dropout,
         seed=seed,
         resume=resume,
-        **known,
+        **{field: value for field, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    fit(table, read, config)
+    fit(table, columns(id_column, time_column, value_column, covariates, timezone), config)
 
 
 @app.command()

@@ -104,6 +104,15 @@ def save_classifier(
     return bundle
 
 
+def bundle_name(wanted: str) -> str:
+    """The nearest to `wanted` that a bundle may be called.
+
+    >>> bundle_name("my model (2)")
+    'my-model-2'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("._-")[:64] or "carousel"
+
+
 def _weights(name: str, network: nn.Module) -> bytes:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise ValueError(f"a bundle's name is up to 64 letters, digits, '.', '_' and '-', not {name!r}")

@@ -58,7 +58,7 @@ class Predictor:
         if request.stream is None and request.partition is not None:
             raise Refused(422, "a partition goes with a `stream`", ("body", "partition"))
         horizon, quantiles = self._horizon(request), self._quantiles(request)
-        given = read_history(request.history, self.limits, self.max_steps) if request.history is not None else None
+        given = self._read(request.history) if request.history is not None else None
         initial = self.engine.arena.schema.initial(1)
         state = find(self.engine, request.stream, partitions)[1] if request.stream else initial
         if given:
@@ -90,6 +90,9 @@ class Predictor:
         if not wanted <= set(known):
             raise Refused(422, f"the model has the quantiles {', '.join(known)}, and no others", ("body", "quantiles"))
         return wanted
+
+    def _read(self, history: Sequence[GivenObservation]) -> Given:
+        return read_history(history, self.limits, self.max_steps)
 
     def _continue(self, state: Rows, given: Given) -> Rows:
         """The state [1, ...] after the history, all of whose steps go at once."""
@@ -123,6 +126,9 @@ class Predictor:
         if past.any():
             detail = f"the stream's last observation was at {last_ts_ms}: a what-if goes on from the step after it"
             raise Refused(422, detail, ("body", "history", int(past.argmax()), "ts"))
+
+    def _block(self, given: Given, chosen: Int64s, slot: Int64s, first: int) -> Block:
+        return steps_of(given, self.config, chosen, slot, first, self.max_steps)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

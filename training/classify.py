@@ -21,13 +21,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from model.bundle import ClassifierBundle, save_classifier
+from model.bundle import ClassifierBundle, bundle_name, save_classifier
 from model.classifier import Classifier, ClassifierConfig, units_of
 from model.config import Cell, ModelConfig
 from model.features import Block
-from training.fit import TrainError, bundle_name, torch_threads
+from training.fit import TrainError
 from training.series import Series, infer_grid, infer_season, parse_step, to_grid
 from training.table import Columns, read_labels, read_table
+from training.threads import threads
 from training.windows import block_of, cut, fit_covariates
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def fit_classifier(table: Path, columns: Columns, config: ClassifyConfig) -> Cla
     started = time.monotonic()
     examples, model_config = _plan(table, columns, config)
     parts = split(examples, config.seed)
-    with torch_threads(1), torch.random.fork_rng(devices=[]):
+    with threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         classifier = Classifier(model_config)
         _fit_scaling(classifier, parts["fit"])

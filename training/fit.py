@@ -123,7 +123,7 @@ def fit(table: Path | Sequence[Observed], columns: Columns, config: TrainConfig)
     started = time.monotonic()
     observed = read_table(table, columns) if isinstance(table, Path) else table
     model_config, series, split = _plan(observed, columns, config)
-    with torch_threads(config.threads):
+    with _threads(config.threads):
         torch.manual_seed(config.seed)
         forecaster = Forecaster(model_config)
         data = WindowData(forecaster, series, split, config.windows, config.seed)
@@ -133,7 +133,7 @@ def fit(table: Path | Sequence[Observed], columns: Columns, config: TrainConfig)
     bundle = save_bundle(
         config.out,
         forecaster,
-        name=bundle_name(config.name or config.out.resolve().name),
+        name=_name(config.name or config.out.resolve().name),
         training={
             **({"table": table.name} if isinstance(table, Path) else {}),
             "series": len({each.unique_id for each in series}),
@@ -151,7 +151,7 @@ def fit(table: Path | Sequence[Observed], columns: Columns, config: TrainConfig)
 
 
 @contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
+def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -164,7 +164,7 @@ def _finite(scores: Scores) -> dict[str, float]:
     return {name: value for name, value in dataclasses.asdict(scores).items() if math.isfinite(value)}
 
 
-def bundle_name(wanted: str) -> str:
+def _name(wanted: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("._-")[:64] or "carousel"
 
 

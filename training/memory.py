@@ -21,6 +21,7 @@ from rich.table import Table
 
 from training.longlag import Learner, Learnt, Task, learn
 from training.pages import Grid, Picture, write_page
+from training.threads import threads
 
 log = logging.getLogger(__name__)
 
@@ -55,27 +56,29 @@ class Report:
 
 def measure(config: MemoryConfig) -> Report:
     """Let every cell learn every task, one after the other on one thread. Equal seeds give equal reports."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # else what vanishes costs the processor six times as long
     try:
-        adding = Learner(seed=config.seed, updates=config.updates)
-        needle = dataclasses.replace(adding, updates=config.needle_updates)
-        explosive = dataclasses.replace(
-            adding, cell="rnn", gain=1.5, plain=True, learning_rate=0.1, updates=min(config.updates, 200)
-        )
-        return Report(
-            [_learn(Task(config.steps), learner) for learner in _like(adding, *CELLS)],
-            [
-                _learn(Task(steps, needle=True), learner)
-                for steps in config.needle_steps
-                for learner in _like(needle, RNN, LSTM, CHRONO)
-            ],
-            [_learn(Task(50), dataclasses.replace(explosive, clip=clip)) for clip in (None, 1.0)],
-        )
+        with threads(1):
+            return _measure(config)
     finally:
-        torch.set_num_threads(before)
         torch.set_flush_denormal(False)
+
+
+def _measure(config: MemoryConfig) -> Report:
+    adding = Learner(seed=config.seed, updates=config.updates)
+    needle = dataclasses.replace(adding, updates=config.needle_updates)
+    explosive = dataclasses.replace(
+        adding, cell="rnn", gain=1.5, plain=True, learning_rate=0.1, updates=min(config.updates, 200)
+    )
+    return Report(
+        [_learn(Task(config.steps), learner) for learner in _like(adding, *CELLS)],
+        [
+            _learn(Task(steps, needle=True), learner)
+            for steps in config.needle_steps
+            for learner in _like(needle, RNN, LSTM, CHRONO)
+        ],
+        [_learn(Task(50), dataclasses.replace(explosive, clip=clip)) for clip in (None, 1.0)],
+    )
 
 
 def _like(learner: Learner, *kinds: dict[str, Any]) -> list[Learner]:
