@@ -108,9 +108,7 @@ class Predictor:
         begun = int(state["count"]) > 0
         slot = placed.slot[chosen]
         first = last_slot + 1 if begun else int(slot[0])
-        _, after = self.engine.forecaster.advance(
-            state, steps_of(given, self.config, chosen, slot, first, self.max_steps), last=1
-        )
+        _, after = self.engine.forecaster.advance(state, self._block(given, chosen, slot, first), last=1)
         return {
             **after,
             "slot": torch.from_numpy(slot[-1:]),
