@@ -101,7 +101,13 @@ def train(
         int | None,
         typer.Option(help="Steps at the end of each series held back for the backtest.  \\[default: a tenth]"),
     ] = None,
-    cell: Annotated[str, typer.Option(help="lstm, or rnn to see what the LSTM is good for.")] = "lstm",
+    task: Annotated[
+        str, typer.Option(help="forecast; or classify, regress: tell the label of a whole series.")
+    ] = "forecast",
+    label_column: Annotated[
+        str, typer.Option(help="Column with the label of each series, with --task classify or regress.")
+    ] = "label",
+    cell: Annotated[str, typer.Option(help="lstm, gru, or rnn: a plain one, to see what gates are good for.")] = "lstm",
     hidden_size: Annotated[int, typer.Option(help="Numbers in h and in C, a layer.")] = 64,
     layers: Annotated[int, typer.Option(help="Recurrent layers.")] = 2,
     dropout: Annotated[float, typer.Option(help="Dropped between layers and before the head while training.")] = 0.2,
@@ -123,6 +129,27 @@ def train(
 
     Example: carousel train sales.csv --id-column shop --time-column day --value-column sold --out models/sales
     """
+    if task != "forecast":
+        from training.classify import ClassifyConfig, fit_classifier
+
+        setup_logging("info")
+        known = {"epochs": epochs, "max_seconds": max_minutes and max_minutes * 60, "learning_rate": learning_rate}
+        whole = ClassifyConfig(
+            out,
+            label_column,
+            task,  # type: ignore[arg-type]  # checked there
+            name=name,
+            step=step,
+            season=season,
+            cell=cell,  # type: ignore[arg-type]
+            hidden_size=hidden_size,
+            layers=layers,
+            dropout=dropout,
+            seed=seed,
+            **{field: value for field, value in known.items() if value is not None},  # type: ignore[arg-type]
+        )
+        fit_classifier(table, columns(id_column, time_column, value_column, covariates, timezone), whole)
+        return
     from training.fit import TrainConfig, fit
 
     setup_logging("info")
@@ -204,6 +231,50 @@ def backtest(
         forecasts=forecasts,
         report=report,
     )
+
+
+@app.command("inspect")
+def inspect_(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    table: Table,
+    stream: Annotated[str, typer.Option(help="The series to let through the model, by its id.")],
+    out: Annotated[Path, typer.Option(help="Directory to write page, pictures and numbers to.")] = Path("inspected"),
+    last: Annotated[int, typer.Option(min=2, help="Look at the last so many steps of it.")] = 400,
+    id_column: IdColumn = "unique_id",
+    time_column: TimeColumn = "ds",
+    value_column: ValueColumn = "y",
+    timezone: Timezone = None,
+) -> None:
+    """Open a model up: each gate, C and h through time, how long units remember, how far gradients reach back.
+
+    Writes index.html (with all pictures in it), summary.json and trace.parquet.
+    """
+    from model.bundle import load_bundle
+    from training.inspect import run
+
+    setup_logging("info")
+    read = columns(id_column, time_column, value_column, "", timezone)
+    run(load_bundle(bundle), table, read, stream, last=last, out=out)
+
+
+@app.command()
+def memory(
+    out: Annotated[Path, typer.Option(help="Directory to write page, pictures and numbers to.")] = Path("memory"),
+    steps: Annotated[int, typer.Option(min=10, help="Length of the adding problem.")] = 400,
+    needle: Annotated[str, typer.Option(help="Steps that a needle is to be remembered.")] = "50,100,200,500,1000",
+    updates: Annotated[int, typer.Option(min=1, help="Updates that a cell may take to learn to add.")] = 1000,
+    needle_updates: Annotated[int, typer.Option(min=1, help="And to remember a needle.")] = 600,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal results, on the same machine.")] = 0,
+) -> None:
+    """Measure how far back RNN, GRU and LSTM can remember, and show why: by how far their gradients reach.
+
+    The adding problem and a needle in a haystack; some minutes on one core. Writes index.html and memory.json.
+    """
+    from training.memory import MemoryConfig, run
+
+    setup_logging("info")
+    lengths = tuple(int(length) for length in numbers(needle, "--needle"))
+    run(MemoryConfig(steps, lengths, updates, needle_updates, seed), out)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from model.grid import Grid
 
-Cell = Literal["lstm", "rnn"]
+Cell = Literal["lstm", "gru", "rnn"]
 
 
 @dataclass(frozen=True)

@@ -166,10 +166,10 @@ class Layer(Answer):
     """A layer of the recurrence after its last step; each list has one number a hidden unit."""
 
     h: list[float] = Field(description="Hidden state, -1 to 1.")
-    c: list[float] = Field(description="Cell state C, the constant error carousel; zeros for a plain RNN.")
+    c: list[float] = Field(description="Cell state C, the constant error carousel; zeros for a GRU or RNN.")
     gates: dict[str, list[float]] = Field(
-        description="What the gates `input`, `forget`, `output` (0 to 1) and the `candidate` (-1 to 1) were in the last"
-        " step; none for a plain RNN."
+        description="What the gates were in the last step. LSTM: `input`, `forget`, `output` (0 to 1) and the"
+        " `candidate` (-1 to 1); GRU: `reset`, `update` (0 to 1) and the `candidate`; a plain RNN has none."
     )
 
 
@@ -221,6 +221,42 @@ class Model(Answer):
     training: dict[str, Any] = Field(description="How it came to be: table, seed, options.")
     scores: dict[str, dict[str, Scalar]] = Field(
         description="From its backtest, by method, then by measure: wql, mase, coverage."
+    )
+
+
+class ClassifyRequest(Strict):
+    """What a classifier is asked: a history, to be told what it is."""
+
+    history: list[GivenObservation] = Field(
+        min_length=1,
+        description="Observations in the order of their times, placed on the grid as a forecaster's are.",
+    )
+
+
+class Classified(Answer):
+    """What a classifier says of a history; `label` and `probabilities`, or `value` where it was trained to regress."""
+
+    model: str = Field(description="Id of the model.")
+    ts: TimeMs = Field(description="Time of the last observation that counted, epoch milliseconds.")
+    count: int = Field(description="How many observations counted.")
+    label: str = Field("", description="The most probable class.")
+    probabilities: dict[str, float] = Field({}, description="By class; they sum to 1.")
+    value: float | None = Field(None, description="The value told, in the unit of the labels that it was trained on.")
+
+
+class ClassifierModel(Answer):
+    """The classifier that is served."""
+
+    id: str = Field(description="Its name and the first digits of its weights' checksum; equal ids answer equally.")
+    labels: list[str] = Field(description="The classes; none: it tells a value.")
+    steps: int = Field(description="Of a longer history the last so many steps are read.")
+    step_ms: int | None = Field(description="Milliseconds between slots; null: each observation is one step.")
+    season: int = Field(description="Steps after which its series resemble themselves; 1: no season.")
+    covariates: list[str] = Field(description="Names of further numbers that it takes with each observation.")
+    max_gap: int = Field(description="Missing steps that are bridged; what lies before a longer gap is forgotten.")
+    training: dict[str, Any] = Field(description="How it came to be: table, label, seed, options.")
+    scores: dict[str, dict[str, Scalar]] = Field(
+        description="On series held back, by method, then by measure: accuracy, macro_f1, log_loss, or mae, rmse."
     )
 
 

@@ -128,6 +128,15 @@ class TestPredict:
         assert (answer["status"], answer["count"]) == ("warming", 2)
         assert ok(api.predict({"history": history(0, CONFIG.warmup)}))["status"] == "live"
 
+    def test_one_observation_is_answered_with_all_steps_of_the_horizon(self, api: Running) -> None:
+        """One-to-many: from a single value to what comes after it."""
+        told = ok(api.predict({"history": history(7, 8)}))
+        assert (told["count"], told["observed"], told["status"]) == (1, value_at(7), "warming")
+        assert {quantile: len(of) for quantile, of in told["quantiles"].items()} == {"0.1": 8, "0.5": 8, "0.9": 8}
+        assert told["timestamps"] == [time_at(8 + step) for step in range(8)]
+        other = ok(api.predict({"history": [{"ts": time_at(7), "value": 10 * value_at(7)}]}))
+        assert min(other["quantiles"]["0.5"]) > max(told["quantiles"]["0.5"])
+
     def test_a_history_without_any_value_is_answered(self, api: Running) -> None:
         answer = ok(api.predict({"history": [{"ts": EXAMPLE_TS_MS, "value": None}]}))
         assert answer["observed"] is None
@@ -328,6 +337,14 @@ class TestStreams:
         assert ok(api.predict({"stream": "a", "horizon": 1}))["timestamps"] is None
         assert [layer["gates"] for layer in ok(api.client.get("/v1/streams/a/state"))["layers"]] == [{}, {}]
         check_against_schema(api, "get", "/v1/streams/{stream}/state", api.client.get("/v1/streams/a/state"))
+
+    def test_a_gru_is_opened_by_the_names_of_its_own_gates(self, start: Start) -> None:
+        api = start(ModelConfig(season=1, horizon=2, quantiles=(0.5,), cell="gru", hidden_size=4, layers=1))
+        api.feed([record("a", EXAMPLE_TS_MS, 1.0)])
+        (layer,) = ok(api.client.get("/v1/streams/a/state"))["layers"]
+        assert list(layer["gates"]) == ["reset", "update", "candidate"]
+        assert layer["gates"]["update"] == api.state("a")["gates"][0, 0, 1].tolist()
+        assert layer["c"] == [0.0] * 4
 
 
 BAD_FIELDS: list[tuple[dict[str, Any] | str, list[str | int]]] = [
