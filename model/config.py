@@ -41,6 +41,8 @@ class ModelConfig:
     layers: int = 2
     dropout: float = 0.0
     """Between layers and before the head, while training only."""
+    yearly: bool = True
+    """Whether it looks at the time of year. Who has seen no two years would only learn dates by heart."""
     max_gap: int = 0
     """Missing steps that are bridged; a longer gap starts the stream afresh. 0: found from the season."""
 

@@ -112,13 +112,17 @@ def steps_since(before: Tensor, happened: Tensor) -> Tensor:
     return step - last
 
 
-def calendar(ts_ms: Tensor) -> Tensor:
-    """Time of day, of week and of year as points on circles. ts_ms [B, T] int64 -> [B, T, 6] float32."""
+def calendar(ts_ms: Tensor, *, yearly: bool = True) -> Tensor:
+    """Time of day, of week and of year as points on circles; zeros for the year's if not `yearly`.
+
+    ts_ms [B, T] int64 -> [B, T, 6] float32.
+    """
     day = ts_ms.remainder(DAY_MS).double() / DAY_MS
     week = (ts_ms + 3 * DAY_MS).remainder(7 * DAY_MS).double() / (7 * DAY_MS)  # the epoch began on a Thursday
     year = ts_ms.double().remainder(YEAR_MS) / YEAR_MS
     angle = 2 * math.pi * torch.stack((day, week, year), dim=-1)
-    return torch.cat((angle.sin(), angle.cos()), dim=-1).float()
+    looked_at = torch.tensor((True, True, yearly) * 2)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1).float() * looked_at
 
 
 def scaled(values: Tensor, level: Tensor, scale: Tensor) -> Tensor:
@@ -192,7 +196,7 @@ class Features(nn.Module):
         )
         known = (block.covariates - self.covariate_mean) / self.covariate_std
         covariates = torch.cat((known.nan_to_num(0.0).clamp(-CLIP, CLIP), known.isnan()), dim=-1).float()
-        inputs = torch.cat((scalars, calendar(block.ts_ms), covariates), dim=-1)
+        inputs = torch.cat((scalars, calendar(block.ts_ms, yearly=self.config.yearly), covariates), dim=-1)
         after = {
             "values": filled[:, -context:],
             "steps": steps[:, -1],

@@ -38,6 +38,7 @@ from torch import Tensor
 from model.bundle import Bundle, save_bundle
 from model.config import Cell, ModelConfig
 from model.errors import CarouselError
+from model.features import YEAR_MS
 from model.grid import Grid
 from model.network import Forecaster
 from model.scoring import Scores
@@ -249,6 +250,7 @@ def _plan(
     series = to_grid(observed, grid, model_config.max_gap)
     split = find_split([len(each.y) for each in series], config.horizon, config.test_steps)
     _check(series, split, config.horizon)
+    model_config = dataclasses.replace(model_config, yearly=any(_span_ms(each, split) >= 2 * YEAR_MS for each in series))
     log.info(
         "%d series, %s steps in all; step %s, season %d%s; the last %d steps of each are held back",
         len(series),
@@ -259,6 +261,12 @@ def _plan(
         split.test,
     )
     return model_config, series, split
+
+
+def _span_ms(series: Series, split: Split) -> int:
+    """How long the history before the test part is."""
+    history_ms = series.ts_ms[: split.test_start(len(series.y))]
+    return int(history_ms[-1] - history_ms[0]) if len(history_ms) else 0
 
 
 def _season(observed: Sequence[Observed], grid: Grid | None, config: TrainConfig) -> int:

@@ -163,6 +163,13 @@ def test_the_hands_turn_once_a_day_a_week_and_a_year(year: int) -> None:
     torch.testing.assert_close(now[[2, 5]], year_later[[2, 5]], atol=0.02, rtol=0)
 
 
+def test_who_does_not_look_at_the_year_sees_the_day_and_the_week_alone() -> None:
+    moments = at(datetime(2024, 1, 1, 7, tzinfo=UTC), datetime(2024, 7, 1, 7, tzinfo=UTC))  # both Mondays
+    january, july = calendar(moments, yearly=False)[0]
+    torch.testing.assert_close(january, july)
+    torch.testing.assert_close(january[[0, 1, 3, 4]], calendar(moments)[0, 0, [0, 1, 3, 4]])
+
+
 # --- The naive forecast and the look back -----------------------------------------------------------------------------
 
 

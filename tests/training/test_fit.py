@@ -57,7 +57,7 @@ def train(out: Path, many: Sequence[Observed] | None = None, **fields: object) -
 
 def test_it_learns_what_the_seasonal_naive_cannot_see(tmp_path: Path) -> None:
     windows = WindowOptions(steps=40, burn_in=8, batch_size=16, batches=25)
-    bundle = train(tmp_path, epochs=5, windows=windows, learning_rate=1e-2)
+    bundle = train(tmp_path, epochs=8, windows=windows, learning_rate=1e-2)
     assert set(bundle.scores) == {CAROUSEL, RAW, NAIVE}
     ours, naive = bundle.scores[CAROUSEL], bundle.scores[NAIVE]
     assert ours["mase"] < 0.85 * naive["mase"]
@@ -116,6 +116,14 @@ def test_step_and_season_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert (bundle.config.step_ms, bundle.config.season) == (3_600_000, 24)
     assert "step 1:00:00, season 24 (found)" in caplog.text
     assert "epoch 1 of 1" in caplog.text
+
+
+@pytest.mark.parametrize(("days", "yearly"), [(2 * 365, False), (3 * 365, True)])
+def test_the_year_is_looked_at_once_the_history_holds_two(days: int, yearly: bool, tmp_path: Path) -> None:
+    times = np.arange(days, dtype=np.int64) * 86_400_000
+    values = np.random.default_rng(0).normal(size=days)
+    daily = Observed("daily", times, values, np.zeros((days, 0)))
+    assert train(tmp_path, [daily], season=7, epochs=1, test_steps=60).config.yearly is yearly
 
 
 def test_without_a_clock_each_observation_is_a_step(tmp_path: Path) -> None:
