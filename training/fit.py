@@ -250,7 +250,8 @@ def _plan(
     series = to_grid(observed, grid, model_config.max_gap)
     split = find_split([len(each.y) for each in series], config.horizon, config.test_steps)
     _check(series, split, config.horizon)
-    model_config = dataclasses.replace(model_config, yearly=any(_span_ms(each, split) >= 2 * YEAR_MS for each in series))
+    yearly = any(_span_ms(each, split) >= 2 * YEAR_MS for each in series)
+    model_config = dataclasses.replace(model_config, yearly=yearly)
     log.info(
         "%d series, %s steps in all; step %s, season %d%s; the last %d steps of each are held back",
         len(series),
