@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.errors import CarouselError
 from model.network import Forecaster
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 

@@ -35,6 +35,7 @@ from model.network import Forecaster
 from model.scoring import Scores
 from training.backtest import backtest, summary
 from training.module import TrainingModule
+from training.regression import fit_regression, rank_of
 from training.series import Series, infer_grid, infer_season, parse_step, to_grid
 from training.table import Columns, Observed, read_table
 from training.windows import Split, WindowData, WindowOptions, cut, find_split
@@ -128,6 +129,7 @@ def fit(table: Path | Sequence[Observed], columns: Columns, config: TrainConfig)
         forecaster = Forecaster(model_config)
         data = WindowData(forecaster, series, split, config.windows, config.seed)
         epochs = _train(forecaster, data, config)
+        share = fit_regression(forecaster, series, split, config.seed)
         result = backtest(forecaster, series, [split.test_start(len(each.y)) for each in series])
     seconds = time.monotonic() - started
     bundle = save_bundle(
@@ -140,6 +142,7 @@ def fit(table: Path | Sequence[Observed], columns: Columns, config: TrainConfig)
             "observations": sum(int((~np.isnan(each.y)).sum()) for each in series),
             "test_steps": split.test,
             "epochs": epochs,
+            "regression_share": round(share, 1),
             "seconds": round(seconds, 1),
             **_options(config),
         },
@@ -201,6 +204,8 @@ def _plan(
         raise TrainError(str(error)) from error
     series = to_grid(observed, grid, model_config.max_gap)
     split = find_split([len(each.y) for each in series], config.horizon, config.test_steps)
+    rank = rank_of(model_config, [split.fit_stop(len(each.y)) for each in series])
+    model_config = dataclasses.replace(model_config, rank=rank)
     _check(series, split, config.horizon)
     log.info(
         "%d series, %s steps in all; step %s, season %d%s; the last %d steps of each are held back",
