@@ -142,7 +142,7 @@ def fit(table: Path | Sequence[Observed], columns: Columns, config: TrainConfig)
             "observations": sum(int((~np.isnan(each.y)).sum()) for each in series),
             "test_steps": split.test,
             "epochs": epochs,
-            "regression_share": round(share, 1),
+            "regression_share": share,
             "seconds": round(seconds, 1),
             **_options(config),
         },

@@ -35,13 +35,18 @@ LEAD_STEPS = 8192
 RANK = 6
 ROWS_LEAST = 4
 """Rows for each coefficient of a forecast, below which nothing is fitted."""
-SHARES = torch.arange(8) / 10
+SHARES = tuple(k / 10 for k in range(8))
+
+
+def least_steps(config: ModelConfig) -> int:
+    """The steps of a history that tells something of its own: twice what one row of the regression spans."""
+    return 2 * (config.context + config.horizon)
 
 
 def rank_of(config: ModelConfig, lengths: Sequence[int]) -> int:
     """How many directions so many steps of history can tell apart: one fewer than series of some length, 6 at most."""
-    enough = sum(length >= 2 * (config.context + config.horizon) for length in lengths)
-    return max(0, min(RANK, enough - 1))
+    long = sum(length >= least_steps(config) for length in lengths)
+    return max(0, min(RANK, long - 1))
 
 
 @torch.no_grad()
@@ -53,12 +58,13 @@ def fit_regression(forecaster: Forecaster, series: Sequence[Series], split: Spli
     """
     histories = [cut(each, 0, split.test_start(len(each.y))) for each in series]
     fit_stops = [split.fit_stop(len(each.y)) for each in series]
-    chosen = np.random.default_rng(seed).permutation(len(series))[:SERIES_MAX].tolist()
+    long = [k for k, stop in enumerate(fit_stops) if stop >= least_steps(forecaster.config)]
+    chosen = np.random.default_rng(seed).permutation(long)[:SERIES_MAX].tolist()
     forecaster.eval()
     share = 0.0
     if _fit(forecaster, [cut(each, 0, stop) for each, stop in zip(histories, fit_stops, strict=True)], chosen):
         sums = torch.stack([_losses(forecaster, histories[k], fit_stops[k]) for k in chosen]).sum(0)
-        share = float(SHARES[sums[:-1].argmin()])
+        share = SHARES[int(sums[:-1].argmin())]
         losses = " ".join(f"{loss:.5f}" for loss in (sums[:-1] / sums[-1].clamp_min(1)).tolist())
         log.info("share of the regression: %.1f; validation loss by share, from 0 on: %s", share, losses)
         _fit(forecaster, histories, chosen)
@@ -74,7 +80,7 @@ def _fit(forecaster: Forecaster, series: Sequence[Series], chosen: Sequence[int]
     regression = forecaster.regression
     every = -(-sum(len(each.y) for each in series) // ROWS_MAX)
     rows = [_rows(forecaster, each, every) for each in series]
-    if sum(len(x) for x, _ in rows) < ROWS_LEAST * regression.inputs:
+    if not chosen or sum(len(x) for x, _ in rows) < ROWS_LEAST * regression.inputs:
         return False
     x, y = (torch.cat(parts) for parts in zip(*rows, strict=True))
     shared = _ridge(x, y)
@@ -87,14 +93,15 @@ def _fit(forecaster: Forecaster, series: Sequence[Series], chosen: Sequence[int]
     missed = torch.cat([_missed(forecaster, series[k], every) for k in chosen])
     levels = torch.tensor(forecaster.config.quantiles)
     for step, each in enumerate(missed.T):
-        regression.spread[step] = torch.quantile(each[~each.isnan()], levels)
+        regression.spread[step] = each.nanquantile(levels).nan_to_num(0.0)
     return True
 
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
     """x [N, p], y [N, H] -> [p, H] float32."""
     x, y = x.double(), y.double()
-    return torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y).float()
+    weights: Tensor = torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
+    return weights.float()
 
 
 def _rows(forecaster: Forecaster, series: Series, every: int) -> tuple[Tensor, Tensor]:
@@ -102,6 +109,8 @@ def _rows(forecaster: Forecaster, series: Series, every: int) -> tuple[Tensor, T
     [N, H] float32.
     """
     config = forecaster.config
+    if len(series.y) < least_steps(config):
+        return torch.empty(0, forecaster.regression.inputs), torch.empty(0, config.horizon)
     origins = torch.arange(config.context - 1, len(series.y) - config.horizon, every)
     seen = replay(forecaster, series, 0).seen
     at = pick(seen, torch.zeros_like(origins), origins)
@@ -117,13 +126,11 @@ def _missed(forecaster: Forecaster, series: Series, every: int) -> Tensor:
     config = forecaster.config
     series = cut(series, max(0, len(series.y) - 2 * LEAD_STEPS), len(series.y))
     stop = len(series.y) - config.horizon
-    if stop <= config.context:
-        return torch.empty(0, config.horizon)
     block, state = block_of([series]), forecaster.initial_state(1)
     seen, _ = forecaster.features(state, block)
-    ahead, _ = forecaster.regression(state, seen, block)
+    ahead: Tensor = forecaster.regression(state, seen, block)[0]
     truths = block.values[0, 1:].unfold(0, config.horizon, 1)
-    missed = (truths - ahead[0, :stop]) / seen.scale[0, :stop, None]
+    missed: Tensor = (truths - ahead[0, :stop]) / seen.scale[0, :stop, None]
     return missed[config.context :: every].clamp(-CLIP, CLIP).float()
 
 
