@@ -63,7 +63,10 @@ class Regression(nn.Module):
         if self.phases and self.config.step_ms:
             ts_ms = ts_ms - ago * self.config.step_ms
             phase = (ts_ms // self.config.step_ms) % self.config.season * self.phases // self.config.season
-            parts += [functional.one_hot(phase, self.phases), functional.one_hot(ts_ms // DAY_MS % 7, 7)]
+            parts += [
+                functional.one_hot(phase, self.phases).float(),
+                functional.one_hot(ts_ms // DAY_MS % 7, 7).float(),
+            ]
         return torch.cat((*parts, parts[0].new_ones(*ts_ms.shape, 1)), dim=-1)
 
     def targets(self, seen: Seen) -> Tensor:
@@ -81,8 +84,8 @@ class Regression(nn.Module):
         if self.config.rank:
             gram, moment = self._learn(state, seen, block)
             prior = PRIOR * torch.eye(self.config.rank, dtype=torch.float64)
-            own = torch.cholesky_solve(moment[:, first:, :, None], torch.linalg.cholesky(gram[:, first:] + prior))
-            moves = moves + (own.float() * parts[..., 1:, :]).sum(-2)
+            own = torch.linalg.solve(gram[:, first:] + prior, moment[:, first:])
+            moves = moves + (own.float()[..., None, :] @ parts[..., 1:, :])[..., 0, :]
             rows = {"gram": gram[:, -1].contiguous(), "moment": moment[:, -1].contiguous()}
         last = now.windows(1)
         last = torch.where(last.isnan(), now.level[..., None], last)
