@@ -101,20 +101,55 @@ def train(
         int | None,
         typer.Option(help="Steps at the end of each series held back for the backtest.  \\[default: a tenth]"),
     ] = None,
-    cell: Annotated[str, typer.Option(help="lstm, or rnn to see what the LSTM is good for.")] = "lstm",
+    task: Annotated[
+        str, typer.Option(help="forecast; or classify, regress: tell the label of a whole series.")
+    ] = "forecast",
+    label_column: Annotated[
+        str, typer.Option(help="Column with the label of each series, with --task classify or regress.")
+    ] = "label",
+    cell: Annotated[str, typer.Option(help="lstm, gru, or rnn: a plain one, to see what gates are good for.")] = "lstm",
     hidden_size: Annotated[int, typer.Option(help="Numbers in h and in C, a layer.")] = 64,
     layers: Annotated[int, typer.Option(help="Recurrent layers.")] = 2,
-    dropout: Annotated[float, typer.Option(help="Dropped between layers while training.")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="Dropped between layers and before the head while training.")] = 0.2,
     epochs: Annotated[int | None, typer.Option(help="Most epochs.  \\[default: 20]")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Begin no epoch later than this.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the cycle.")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal models, on the same machine.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stood.")] = False,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Search: train so often, with other sizes and rates around those given; keep the best."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted training or search stood.")
+    ] = False,
 ) -> None:
     """Train a model on a table, backtest it on the held-back end beside the seasonal naive, write a bundle.
 
     Example: carousel train sales.csv --id-column shop --time-column day --value-column sold --out models/sales
     """
+    if task != "forecast":
+        from training.classify import ClassifyConfig, fit_classifier
+
+        setup_logging("info")
+        known = {"epochs": epochs, "max_seconds": max_minutes and max_minutes * 60, "learning_rate": learning_rate}
+        whole = ClassifyConfig(
+            out,
+            label_column,
+            task,  # type: ignore[arg-type]  # checked there
+            name=name,
+            step=step,
+            season=season,
+            cell=cell,  # type: ignore[arg-type]
+            hidden_size=hidden_size,
+            layers=layers,
+            dropout=dropout,
+            seed=seed,
+            **{field: value for field, value in known.items() if value is not None},  # type: ignore[arg-type]
+        )
+        fit_classifier(table, columns(id_column, time_column, value_column, covariates, timezone), whole)
+        return
     from training.fit import TrainConfig, fit
 
     setup_logging("info")
@@ -139,7 +174,13 @@ def train(
         resume=resume,
         **{field: value for field, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    fit(table, columns(id_column, time_column, value_column, covariates, timezone), config)
+    read = columns(id_column, time_column, value_column, covariates, timezone)
+    if trials:
+        from training.trials import search
+
+        search(table, read, config, trials)
+    else:
+        fit(table, read, config)
 
 
 @app.command()
@@ -155,15 +196,85 @@ def backtest(
         typer.Option(min=1, help="Forecast from the last so many steps of each series.  \\[default: as held back]"),
     ] = None,
     every: Annotated[int | None, typer.Option(min=1, help="Of those steps, every so-manieth.")] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            help="Beside the seasonal naive: ets, theta (both of statsforecast) or none.  \\[default: ets,theta]"
+        ),
+    ] = None,
+    baseline_origins: Annotated[
+        int | None,
+        typer.Option(min=1, help="Origins at which those are fitted.  \\[default: 120, or what takes four minutes]"),
+    ] = None,
     forecasts: Annotated[Path | None, typer.Option(help="Write all forecasts to this Parquet file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with tables and pictures to this .html file or directory.")
+    ] = None,
 ) -> None:
-    """Replay a table as it would be served and say how good the forecasts were, beside the seasonal naive."""
+    """Replay a table as it would be served and say how good the forecasts were, beside what else one might use.
+
+    Example: carousel backtest models/sales sales.csv --id-column shop --report sales.html
+    """
     from model.bundle import load_bundle
-    from training.backtest import run
+    from training.evaluate import run
 
     setup_logging("info")
     read = columns(id_column, time_column, value_column, "", timezone)
-    run(load_bundle(bundle), table, read, last=last, every=every, forecasts=forecasts)
+    run(
+        load_bundle(bundle),
+        table,
+        read,
+        last=last,
+        every=every,
+        baselines=baselines,
+        baseline_origins=baseline_origins,
+        forecasts=forecasts,
+        report=report,
+    )
+
+
+@app.command("inspect")
+def inspect_(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    table: Table,
+    stream: Annotated[str, typer.Option(help="The series to let through the model, by its id.")],
+    out: Annotated[Path, typer.Option(help="Directory to write page, pictures and numbers to.")] = Path("inspected"),
+    last: Annotated[int, typer.Option(min=2, help="Look at the last so many steps of it.")] = 400,
+    id_column: IdColumn = "unique_id",
+    time_column: TimeColumn = "ds",
+    value_column: ValueColumn = "y",
+    timezone: Timezone = None,
+) -> None:
+    """Open a model up: each gate, C and h through time, how long units remember, how far gradients reach back.
+
+    Writes index.html (with all pictures in it), summary.json and trace.parquet.
+    """
+    from model.bundle import load_bundle
+    from training.inspect import run
+
+    setup_logging("info")
+    read = columns(id_column, time_column, value_column, "", timezone)
+    run(load_bundle(bundle), table, read, stream, last=last, out=out)
+
+
+@app.command()
+def memory(
+    out: Annotated[Path, typer.Option(help="Directory to write page, pictures and numbers to.")] = Path("memory"),
+    steps: Annotated[int, typer.Option(min=10, help="Length of the adding problem.")] = 400,
+    needle: Annotated[str, typer.Option(help="Steps that a needle is to be remembered.")] = "50,100,200,500,1000",
+    updates: Annotated[int, typer.Option(min=1, help="Updates that a cell may take to learn to add.")] = 1000,
+    needle_updates: Annotated[int, typer.Option(min=1, help="And to remember a needle.")] = 600,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal results, on the same machine.")] = 0,
+) -> None:
+    """Measure how far back RNN, GRU and LSTM can remember, and show why: by how far their gradients reach.
+
+    The adding problem and a needle in a haystack; some minutes on one core. Writes index.html and memory.json.
+    """
+    from training.memory import MemoryConfig, run
+
+    setup_logging("info")
+    lengths = tuple(int(length) for length in numbers(needle, "--needle"))
+    run(MemoryConfig(steps, lengths, updates, needle_updates, seed), out)
 
 
 @app.command()
@@ -219,8 +330,16 @@ def bench(
         int | None,
         typer.Option(min=1, help="Instead: how long a worker takes to take up so many streams, 100000 say."),
     ] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="Instead: how fast training is; beside NeuralForecast, if it is there.")
+    ] = False,
 ) -> None:
     """Measure how fast the worker is, beside the limits of its parts; all in one run, as the machine's mood varies."""
+    if training:
+        from deploy import bench_training
+
+        bench_training.run(threads=threads)
+        return
     from deploy import bench, bench_restore
 
     quiet("kafka")

@@ -15,12 +15,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import nn
 
+from model.classifier import Classifier, ClassifierConfig
 from model.config import ModelConfig
 from model.errors import CarouselError
 from model.network import Forecaster
 
 FORMAT = 2
+FORECASTER, CLASSIFIER = "forecaster", "classifier"
+"""The kinds of models; a bundle that names none is a forecaster."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
@@ -51,6 +55,25 @@ class Bundle:
         return f"{self.name}-{self.weights_sha256[:8]}"
 
 
+@dataclass(frozen=True)
+class ClassifierBundle:
+    """A trained classifier (or regressor) with what is known about it, as `Bundle` has it of a forecaster."""
+
+    classifier: Classifier
+    name: str
+    weights_sha256: str
+    training: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def config(self) -> ClassifierConfig:
+        return self.classifier.config
+
+    @property
+    def model_id(self) -> str:
+        return f"{self.name}-{self.weights_sha256[:8]}"
+
+
 def save_bundle(
     directory: Path,
     forecaster: Forecaster,
@@ -60,28 +83,69 @@ def save_bundle(
     scores: Mapping[str, Mapping[str, float]],
 ) -> Bundle:
     """Write a bundle; each file appears whole or not at all. Raises OSError where the directory cannot be written."""
+    weights = _weights(name, forecaster)
+    bundle = Bundle(forecaster.eval(), name, hashlib.sha256(weights).hexdigest(), training, scores)
+    _save(directory, bundle, weights, FORECASTER, card(bundle))
+    return bundle
+
+
+def save_classifier(
+    directory: Path,
+    classifier: Classifier,
+    *,
+    name: str,
+    training: Mapping[str, Any],
+    scores: Mapping[str, Mapping[str, float]],
+) -> ClassifierBundle:
+    """`save_bundle` for a classifier."""
+    weights = _weights(name, classifier)
+    bundle = ClassifierBundle(classifier.eval(), name, hashlib.sha256(weights).hexdigest(), training, scores)
+    _save(directory, bundle, weights, CLASSIFIER, classifier_card(bundle))
+    return bundle
+
+
+def bundle_name(wanted: str) -> str:
+    """The nearest to `wanted` that a bundle may be called.
+
+    >>> bundle_name("my model (2)")
+    'my-model-2'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("._-")[:64] or "carousel"
+
+
+def _weights(name: str, network: nn.Module) -> bytes:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise ValueError(f"a bundle's name is up to 64 letters, digits, '.', '_' and '-', not {name!r}")
-    weights = save({key: value.contiguous() for key, value in forecaster.state_dict().items()})
-    bundle = Bundle(forecaster.eval(), name, hashlib.sha256(weights).hexdigest(), training, scores)
+    return save({key: value.contiguous() for key, value in network.state_dict().items()})
+
+
+def _save(directory: Path, bundle: Bundle | ClassifierBundle, weights: bytes, kind: str, card: str) -> None:
     config = {
         "format": FORMAT,
-        "name": name,
+        "kind": kind,
+        "name": bundle.name,
         "weights_sha256": bundle.weights_sha256,
-        "model": forecaster.config.to_json(),
-        "training": dict(training),
-        "scores": {method: dict(row) for method, row in scores.items()},
+        "model": bundle.config.to_json(),
+        "training": dict(bundle.training),
+        "scores": {method: dict(row) for method, row in bundle.scores.items()},
     }
     description = json.dumps(config, indent=2).encode() + b"\n"
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / WEIGHTS, weights)
-    _write(directory / CARD, card(bundle).encode())
+    _write(directory / CARD, card.encode())
     _write(directory / CONFIG, description)  # last: it vouches for the others
-    return bundle
 
 
 def load_bundle(directory: Path) -> Bundle:
-    """Read a bundle. Raises BundleError, in one line, if anything about it is not as it must be."""
+    """Read a forecaster. Raises BundleError, in one line, if anything about it is not as it must be."""
+    bundle = open_bundle(directory)
+    if isinstance(bundle, ClassifierBundle):
+        raise BundleError(f"{directory} is a classifier: it forecasts nothing; `carousel serve` answers with it")
+    return bundle
+
+
+def open_bundle(directory: Path) -> Bundle | ClassifierBundle:
+    """Read a bundle of either kind. Raises BundleError, in one line, if anything about it is not as it must be."""
     config = _read_config(directory)
     try:
         weights = (directory / WEIGHTS).read_bytes()
@@ -91,8 +155,8 @@ def load_bundle(directory: Path) -> Bundle:
     if digest != config.get("weights_sha256"):
         raise BundleError(f"{directory / WEIGHTS} is damaged: its checksum is not the one in {CONFIG}")
     try:
-        forecaster = Forecaster(ModelConfig.from_json(config["model"]))
-        forecaster.load_state_dict(load(weights))
+        network = _network(directory, config)
+        network.load_state_dict(load(weights))
         name = str(config["name"])
     except KeyError as error:
         raise BundleError(f"{directory / CONFIG} lacks the field {error}") from error
@@ -101,13 +165,18 @@ def load_bundle(directory: Path) -> Bundle:
     except RuntimeError as error:  # load_state_dict: names the tensors over several lines
         reason = " ".join(str(error).split())
         raise BundleError(f"{directory / WEIGHTS} does not match {CONFIG}: {reason}") from error
-    return Bundle(
-        forecaster.eval().requires_grad_(False),
-        name,
-        digest,
-        config.get("training", {}),
-        config.get("scores", {}),
-    )
+    network.eval().requires_grad_(False)
+    known = (name, digest, config.get("training", {}), config.get("scores", {}))
+    return ClassifierBundle(network, *known) if isinstance(network, Classifier) else Bundle(network, *known)
+
+
+def _network(directory: Path, config: dict[str, Any]) -> Forecaster | Classifier:
+    kind = config.get("kind", FORECASTER)
+    if kind == CLASSIFIER:
+        return Classifier(ClassifierConfig.from_json(config["model"]))
+    if kind != FORECASTER:
+        raise BundleError(f"{directory} holds a model of the kind {kind!r}; this version of Carousel knows none such")
+    return Forecaster(ModelConfig.from_json(config["model"]))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -169,6 +238,35 @@ def card(bundle: Bundle) -> str:
         "wql: weighted quantile loss, lower is better. mase: error of the median over that of the seasonal naive"
         f" forecast of the history. coverage: share of truths within the quantiles {config.quantiles[0]} and"
         f" {config.quantiles[-1]}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def classifier_card(bundle: ClassifierBundle) -> str:
+    """A classifier's README: what it tells, how it came to be, how good it was."""
+    config, series = bundle.config, bundle.config.series
+    measures = list(dict.fromkeys(measure for row in bundle.scores.values() for measure in row))
+    rows = [[method, *(f"{row[measure]:.4f}" for measure in measures)] for method, row in bundle.scores.items()]
+    told = f"one of {len(config.labels)} classes ({', '.join(config.labels[:20])})" if config.labels else "a value"
+    lines = [
+        "---",
+        "library_name: carousel",
+        f"pipeline_tag: time-series-{'classification' if config.labels else 'regression'}",
+        "---",
+        f"# {bundle.name}",
+        "",
+        f"A Carousel classifier: {series.layers} layers of {series.hidden_size} {series.cell.upper()} cells. It reads a"
+        f" whole series, of at most its last {config.steps} steps, and tells {told}.",
+        "",
+        *(f"- {key.replace('_', ' ')}: {value}" for key, value in bundle.training.items()),
+        "",
+        "## Scores",
+        "On series held back from training.",
+        "",
+        "| method | " + " | ".join(measures) + " |",
+        "| --- |" + " --- |" * len(measures),
+        *(f"| {' | '.join(row)} |" for row in rows),
         "",
     ]
     return "\n".join(lines)

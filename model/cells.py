@@ -10,22 +10,38 @@ an LSTM (Hochreiter and Schmidhuber 1997) with a forget gate, as torch and every
     o_t = sigmoid(W_o x_t + U_o h_{t-1} + b_o)      how much of the cell is shown
     C_t = f_t * C_{t-1} + i_t * g_t                 the constant error carousel
     h_t = o_t * tanh(C_t)
+
+The GRU is that of Cho et al. (2014), "Learning phrase representations using RNN encoder-decoder", in torch's (and
+cuDNN's) variant: the reset gate acts on U_n h_{t-1} with a bias of its own, where the paper has U_n (r_t * h_{t-1}).
+
+    r_t = sigmoid(W_r x_t + U_r h_{t-1} + b_r)              how much of h_{t-1} the candidate sees
+    z_t = sigmoid(W_z x_t + U_z h_{t-1} + b_z)              what is kept of h_{t-1}: forget and input gate in one
+    n_t = tanh   (W_n x_t + b_n + r_t * (U_n h_{t-1} + d_n))  the candidate, also written h-tilde
+    h_t = z_t * h_{t-1} + (1 - z_t) * n_t                   its carousel is h itself
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-GATES: dict[str, tuple[str, ...]] = {"lstm": ("input", "forget", "candidate", "output"), "rnn": ()}
+GATES: dict[str, tuple[str, ...]] = {
+    "lstm": ("input", "forget", "candidate", "output"),
+    "gru": ("reset", "update", "candidate"),
+    "rnn": (),
+}
 """The names of each cell's gates, in the order in which torch stacks their weights."""
+
+KEEPS = {"lstm": "forget", "gru": "update"}
+"""The gate that says what share of a unit is kept from step to step: how long it remembers."""
 
 
 class CellState(NamedTuple):
-    """After a step of one layer: h and C [B, hidden]; gates [B, gates, hidden]. An RNN has no gates, and hands C
-    through untouched.
+    """After a step of one layer: h and C [B, hidden]; gates [B, gates, hidden]. Only an LSTM has a C: the others hand
+    it through untouched. An RNN has no gates.
     """
 
     h: Tensor
@@ -33,13 +49,13 @@ class CellState(NamedTuple):
     gates: Tensor
 
 
-def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, u: Tensor, b: Tensor) -> CellState:
+def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, u: Tensor, b_w: Tensor, b_u: Tensor) -> CellState:
     """One step of an LSTM cell, gate by gate.
 
-    x [B, inputs]; h, c [B, hidden]; w [4 hidden, inputs] and u [4 hidden, hidden] as in `nn.LSTM`'s weight_ih and
-    weight_hh (gates stacked i, f, g, o); b [4 hidden], the sum of its two biases.
+    x [B, inputs]; h, c [B, hidden]; w [4 hidden, inputs], u [4 hidden, hidden], b_w and b_u [4 hidden] as in
+    `nn.LSTM`'s weight_ih, weight_hh, bias_ih and bias_hh (gates stacked i, f, g, o). The two biases act as one.
     """
-    sums = torch.addmm(torch.addmm(b, x, w.T), h, u.T)
+    sums = torch.addmm(torch.addmm(b_w + b_u, x, w.T), h, u.T)
     input_sum, forget_sum, candidate_sum, output_sum = sums.chunk(4, dim=1)
     i, f = torch.sigmoid(input_sum), torch.sigmoid(forget_sum)
     g, o = torch.tanh(candidate_sum), torch.sigmoid(output_sum)
@@ -47,13 +63,29 @@ def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, u: Tensor, b: Tensor) 
     return CellState(o * torch.tanh(c), c, torch.stack((i, f, g, o), dim=1))
 
 
-def rnn_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, u: Tensor, b: Tensor) -> CellState:
+def gru_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, u: Tensor, b_w: Tensor, b_u: Tensor) -> CellState:
+    """One step of a GRU cell, gate by gate. Its C is left as it is.
+
+    Shapes as for `lstm_cell`, with the weights of three gates, stacked r, z, n as in `nn.GRU`. The candidate's two
+    biases, b_n and d_n, are two: the reset gate acts on one of them only.
+    """
+    reset_x, update_x, candidate_x = torch.addmm(b_w, x, w.T).chunk(3, dim=1)
+    reset_h, update_h, candidate_h = torch.addmm(b_u, h, u.T).chunk(3, dim=1)
+    r, z = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
+    n = torch.tanh(candidate_x + r * candidate_h)
+    return CellState(z * h + (1 - z) * n, c, torch.stack((r, z, n), dim=1))
+
+
+def rnn_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, u: Tensor, b_w: Tensor, b_u: Tensor) -> CellState:
     """One step of the plain recurrent cell of Elman (1990): h_t = tanh(W x_t + U h_{t-1} + b). Its C is left as it is.
 
     Shapes as for `lstm_cell`, with one gate's weights instead of four.
     """
-    h = torch.tanh(torch.addmm(torch.addmm(b, x, w.T), h, u.T))
+    h = torch.tanh(torch.addmm(torch.addmm(b_w + b_u, x, w.T), h, u.T))
     return CellState(h, c, x.new_empty(x.shape[0], 0, h.shape[1]))
+
+
+CELLS: dict[str, Callable[..., CellState]] = {"lstm": lstm_cell, "gru": gru_cell, "rnn": rnn_cell}
 
 
 class Recurrence(nn.Module):
@@ -66,22 +98,42 @@ class Recurrence(nn.Module):
     def __init__(self, cell: str, inputs: int, hidden_size: int, layers: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.cell = cell
-        fused = {"lstm": nn.LSTM, "rnn": nn.RNN}[cell]
+        fused = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[cell]
         self.fused = fused(inputs, hidden_size, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
         self.dropout = nn.Dropout(dropout)
 
-    def layer(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights w, u, b of a layer, as the cells take them."""
-        w, u, b_ih, b_hh = (
-            getattr(self.fused, f"{name}_l{number}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
-        return w, u, b_ih + b_hh
+    @torch.no_grad()
+    def remember(self, steps: int) -> Self:
+        """Start with units that remember for 1 ... `steps` steps: chrono initialisation (Tallec and Ollivier 2018).
+
+        The forget gate's bias is ln u with u uniform in 1 ... steps - 1, so that a unit keeps 1 - 1/(1 + u) of itself
+        a step; the input gate's is -ln u, so that it writes what it forgets. A GRU's update gate does both. Raises
+        ValueError for a cell without such a gate.
+        """
+        if self.cell not in KEEPS:
+            raise ValueError(f"a cell that keeps nothing cannot remember: {self.cell}")
+        hidden = self.fused.hidden_size
+        for number in range(self.fused.num_layers):
+            _, _, b_w, b_u = self.layer(number)
+            bias = torch.empty(hidden).uniform_(1, max(steps - 1, 1)).log()
+            of = {name: slice(n * hidden, (n + 1) * hidden) for n, name in enumerate(GATES[self.cell])}
+            for gate, value in ((KEEPS[self.cell], bias), ("input", -bias)):
+                if gate in of:
+                    b_w[of[gate]] = value
+                    b_u[of[gate]] = 0.0
+        return self
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The weights w, u, b_w, b_u of a layer, as the cells take them."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        w, u, b_w, b_u = (getattr(self.fused, f"{name}_l{number}") for name in names)
+        return w, u, b_w, b_u
 
     def step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, CellState]:
         """One step of all layers. x [B, inputs]; h, c [B, layers, hidden] -> output [B, hidden], the new state
         with h, c [B, layers, hidden] and gates [B, layers, gates, hidden].
         """
-        cell = lstm_cell if self.cell == "lstm" else rnn_cell
+        cell = CELLS[self.cell]
         after: list[CellState] = []
         for number in range(self.fused.num_layers):
             x = self.dropout(x) if number else x

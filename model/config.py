@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from model.grid import Grid
 
-Cell = Literal["lstm", "rnn"]
+Cell = Literal["lstm", "gru", "rnn"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ModelConfig:
     hidden_size: int = 64
     layers: int = 2
     dropout: float = 0.0
-    """Between layers, while training only."""
+    """Between layers and before the head, while training only."""
     rank: int = 0
     """r: how many coefficients of the regression each stream finds for itself."""
     max_gap: int = 0

@@ -49,6 +49,7 @@ class Forecaster(nn.Module):
         self.recurrence = Recurrence(
             config.cell, self.features.inputs, config.hidden_size, config.layers, config.dropout
         )
+        self.dropout = nn.Dropout(config.dropout)
         self.head = OrderedQuantiles(config.hidden_size, config.horizon, config.quantiles)
         self.shortcut = nn.Linear(config.context + config.horizon, config.horizon)
         nn.init.zeros_(self.shortcut.weight)  # an untrained model is the seasonal naive one
@@ -109,7 +110,7 @@ class Forecaster(nn.Module):
         base = self.features.base(seen)
         curve = scaled(base, seen.level[..., None], seen.scale[..., None])
         location = self.shortcut(torch.cat((self.features.recent(seen), curve), dim=-1))
-        return Forecast(base, seen.scale, self.head(outputs, location))
+        return Forecast(base, seen.scale, self.head(self.dropout(outputs), location))
 
     def blend(self, forecast: Forecast, state: Rows, seen: Seen, block: Block) -> tuple[Forecast, Rows]:
         """The network's forecasts at the last steps of a block blended with the regression's, and the rows of that.

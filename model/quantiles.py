@@ -42,4 +42,5 @@ def pinball(forecast: Tensor, truth: Tensor, quantiles: Tensor) -> Tensor:
     [0.20000000298023224, 1.7999999523162842]
     """
     error = truth[..., None] - forecast
-    return torch.maximum(quantiles * error, (quantiles - 1) * error)
+    # max(q e, (q - 1) e), in the form whose gradient costs half as much: in training the loss is a tenth of the time.
+    return quantiles * error + functional.relu(-error)

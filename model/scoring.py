@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.features import fill_from_season, forgetting_sum
-from model.network import Forecast
+from model.features import forgetting_sum
 from model.quantiles import median_index, pinball
 from model.state import Rows, TensorSpec
 
 FORGET_STEPS = 500
-"""Live scores forget over this many scored observations."""
+"""Live scores forget over this many settled forecasts of a horizon."""
 
 
 @dataclass(frozen=True)
@@ -66,56 +65,47 @@ def covered(forecast: Tensor, truth: Tensor) -> Tensor:
     return (forecast[..., 0] <= truth) & (truth <= forecast[..., -1])
 
 
-def open_forecasts(state: Rows, forecast: Forecast) -> Tensor:
-    """What had been forecast for each of the T steps of `forecast`, one step before it; `state` is that before the
-    first. -> [B, T, Q] float64.
-    """
-    first = state["base"][:, :1] + state["scale"][:, None] * state["offsets"][:, 0]
-    base, scale = forecast.base[:, :-1, :1], forecast.scale[:, :-1, None]
-    return torch.cat((first[:, None], base + scale * forecast.offsets[:, :-1, 0]), dim=1)
+MEASURES = ("scored", "pinball", "absolute_error", "naive_error", "hits")
+"""What is summed of the forecasts settled, in this order: how many, twice the pinball loss in the mean of the
+quantiles, the absolute error of the median and of the seasonal naive forecast of the same horizon, and how many
+intervals held their truth."""
 
 
 @dataclass(frozen=True)
 class Settled:
     """What the values of T steps of B streams said of the forecasts that waited for them.
 
-    rows: the scores after them. scored [B, T] bool: whose forecast counted; hit [B, T] bool: whose interval held its
-    truth.
+    scores [B, T, K, 5]: the measures, by settled horizon; zeros where nothing was scored. rows: the scores after them.
     """
 
+    scores: Tensor
     rows: Rows
-    scored: Tensor
-    hit: Tensor
 
 
 class LiveScores:
-    """Scores of one-step-ahead forecasts as observations settle them, with exponential forgetting: O(1) a stream."""
+    """Scores of the forecasts of K horizons as observations settle them, with exponential forgetting: O(1) a stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, horizons: int) -> None:
+        """horizons: K."""
+        self.middle = middle(config)
         self.quantiles = torch.tensor(config.quantiles, dtype=torch.float64)
-        self.schema = tuple(
-            TensorSpec(name, (), torch.float64)
-            for name in ("scored", "pinball", "absolute_error", "naive_error", "hits")
-        )
+        self.schema = (TensorSpec("scores", (horizons, len(MEASURES)), torch.float64),)
 
-    def settle(self, state: Rows, values: Tensor, opened: Tensor) -> Settled:
-        """Score what had been forecast for T steps, `opened` [B, T, Q], with their values [B, T], NaN where missing;
-        not of streams that still warm up. `state` is that before the first step.
+    def settle(self, state: Rows, values: Tensor, opened: Tensor, naive: Tensor, counts: Tensor) -> Settled:
+        """Score what had been forecast for T steps, opened [B, T, K, Q], beside the seasonal naive forecast
+        [B, T, K], with their values [B, T]. counts [B, T, K] bool: what is scored. `state` is that before them.
         """
-        season, steps = self.config.season, values.shape[1]
-        filled = torch.cat((state["values"], fill_from_season(state["values"], values, season)), dim=1)
-        naive = filled[:, -season - steps : -season]
-        before = state["steps"][:, None] + torch.arange(steps)
-        scored = (before >= self.config.warmup) & ~values.isnan() & ~naive.isnan()
-        hit = scored & covered(opened, values)
-        keep = 1 - scored.double() / FORGET_STEPS
-        now = {
-            "scored": torch.ones_like(values),
-            "pinball": 2 * pinball(opened, values, self.quantiles).mean(-1),
-            "absolute_error": (values - opened[..., middle(self.config)]).abs(),
-            "naive_error": (values - naive).abs(),
-            "hits": hit.double(),
-        }
-        rows = {name: forgetting_sum(state[name], torch.where(scored, now[name], 0.0), keep)[:, -1] for name in now}
-        return Settled(rows, scored, hit)
+        truth = values[..., None].expand_as(naive)
+        measures = (
+            torch.ones_like(naive),
+            2 * pinball(opened, truth, self.quantiles).mean(-1),
+            (truth - opened[..., self.middle]).abs(),
+            (truth - naive).abs(),
+            covered(opened, truth).double(),
+        )
+        scores = torch.where(counts[..., None], torch.stack(measures, dim=-1), 0.0)
+        keep = (1 - counts.double() / FORGET_STEPS)[..., None].expand_as(scores)
+        # A column for each stream, horizon and measure: all are summed alike.
+        columns = (each.transpose(0, 1).flatten(1).T for each in (scores, keep))
+        sums = forgetting_sum(state["scores"].flatten(), *columns)[:, -1]
+        return Settled(scores, {"scores": sums.view_as(state["scores"])})

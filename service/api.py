@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from model.state import Rows
 from service import schemas, views
 from service.arena import StreamKey
+from service.classify import Judge
 from service.engine import Engine
 from service.errors import Refused
 from service.events import EventHub, Subscription
@@ -41,6 +42,9 @@ stream is just moving from worker to worker, the status is 503, and `Retry-After
 
 Times are epoch milliseconds. Forecasts are quantiles, in each series' own unit. Errors are problems after RFC 9457.
 A stream id may have slashes in a path as they are."""
+CLASSIFIER_DESCRIPTION = """What a whole series is: its class, or its value.
+
+Times are epoch milliseconds. Errors are problems after RFC 9457."""
 EXAMPLE_STREAM = "sensor-1"
 EXAMPLE_TS_MS = 1_795_132_800_000
 """2026-11-20, a Friday, 00:00 UTC: on most grids."""
@@ -84,10 +88,52 @@ def create_app(
     """The API of one worker as an ASGI application; `hub` is where the worker publishes its forecasts, `owners` answers
     about streams, be they this worker's or another's.
     """
+    app = _bare_app(DESCRIPTION, worker, settings, metrics)
+    predictor = Predictor(engine)
+    _add_predict(app, predictor, owners)
+    _add_streams(app, engine, predictor, owners)
+    _add_events(app, hub)
+    _add_operations(app, worker, metrics)
+    _describe(app)
+    return app
+
+
+def create_classifier_app(judge: Judge, settings: Settings, metrics: Metrics) -> FastAPI:
+    """The API of a classifier as an ASGI application."""
+    app = _bare_app(CLASSIFIER_DESCRIPTION, judge, settings, metrics)
+    step_ms = judge.config.series.step_ms or 1_000
+    history = [{"ts": EXAMPLE_TS_MS + n * step_ms, "value": 20.0 + n} for n in range(3)]
+
+    @app.post(
+        "/v1/predict",
+        summary="Tell what a history is",
+        response_model=schemas.Classified,
+        responses=failures(408, 413, 415, 422),
+    )
+    def predict(
+        request: Annotated[
+            schemas.ClassifyRequest, Body(openapi_examples={"A history": {"value": {"history": history}}})
+        ],
+    ) -> Response:
+        """The class of the whole history, with the probability of each; or its value."""
+        return json_answer(judge.answer(request))
+
+    @app.get("/v1/model", summary="The model that is served", response_model=schemas.ClassifierModel)
+    def model() -> Response:
+        """What it tells, how it was trained and how it did on series held back."""
+        return json_answer(judge.model())
+
+    _add_operations(app, judge, metrics)
+    _describe(app)
+    return app
+
+
+def _bare_app(description: str, worker: Pulse, settings: Settings, metrics: Metrics) -> FastAPI:
+    """An application that guards itself and tells errors, and has no routes yet."""
     app = FastAPI(
         title="Carousel",
         version="1",
-        description=DESCRIPTION,
+        description=description,
         docs_url=None,  # these pages would load scripts from the internet
         redoc_url=None,
         redirect_slashes=False,
@@ -96,12 +142,6 @@ def create_app(
     app.router.route_class = JsonRoute
     app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, seconds=metrics.http_seconds)
     _add_errors(app, worker)
-    predictor = Predictor(engine)
-    _add_predict(app, predictor, owners)
-    _add_streams(app, engine, predictor, owners)
-    _add_events(app, hub)
-    _add_operations(app, worker, metrics)
-    _describe(app)
     return app
 
 

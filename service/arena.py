@@ -117,7 +117,7 @@ class Arena:
 
     def gather(self, rows: Tensor) -> Rows:
         """The states of these rows [B], copied."""
-        return {name: tensor[rows] for name, tensor in self._tensors.items()}
+        return {name: tensor.index_select(0, rows) for name, tensor in self._tensors.items()}  # twice tensor[rows]
 
     def scatter(self, rows: Tensor, state: Rows) -> None:
         """Write back states; those tensors alone that `state` has."""

@@ -5,6 +5,7 @@ Follow `Engine.process` to see a record's way.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -18,16 +19,15 @@ from numpy.typing import NDArray
 
 from model.bundle import Bundle
 from model.features import Block
+from model.follow import Follower
 from model.grid import HOLE, Int64s
-from model.network import Forecast
-from model.scoring import LiveScores, open_forecasts
 from model.state import Rows, Schema
 from service import grid
 from service.arena import Arena
 from service.bursts import Run, pieces, runs
 from service.errors import Reason, Rejected, ServiceError
 from service.history import History
-from service.metrics import BatchHistogram, Metrics
+from service.metrics import BatchHistogram, Judged, Metrics
 from service.partition import Bounds, Decided, Move, Partition
 from service.records import (
     Limits,
@@ -45,7 +45,7 @@ from service.waves import waves
 
 FORECAST_NUMBERS_MAX = 40_000
 """Of up to 25 bytes each as JSON; Kafka takes records of 1 MiB by default."""
-BRIDGE_CELLS = 1 << 16
+BRIDGE_CELLS = 1 << 14
 """Rows times steps of one batched step over a gap: bounds its memory."""
 BURST_CELLS = 1 << 13
 """The same of a burst, whose forecasts are needed at every step."""
@@ -59,17 +59,16 @@ class Engine:
     """
 
     def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics) -> None:
-        self.bundle, self.config, self.forecaster = bundle, bundle.config, bundle.forecaster
+        self.bundle, self.config = bundle, bundle.config
         self.settings, self.metrics = settings, metrics
         if self.config.horizon * len(self.config.quantiles) > FORECAST_NUMBERS_MAX:
             raise ServiceError(
                 f"{bundle.model_id} forecasts {self.config.horizon} x {len(self.config.quantiles)} numbers, more than"
                 f" fit into a Kafka record: train with a shorter horizon or fewer quantiles"
             )
-        self.scores = LiveScores(self.config)
+        self.follower = Follower(bundle.forecaster, calibrate=settings.intervals == "calibrated")
         self.history = History(self.config, settings.history_steps)
-        schema = Schema((*grid.SCHEMA, *self.forecaster.schema, *self.scores.schema, *self.history.schema))
-        self.arena = Arena(schema)
+        self.arena = Arena(Schema((*grid.SCHEMA, *self.follower.schema, *self.history.schema)))
         self.partitions: dict[int, Partition] = {}
         self.limits = Limits(
             covariates=self.config.covariates,
@@ -81,8 +80,7 @@ class Engine:
         self.lock = threading.Lock()
         metrics.streams.set_function(lambda: len(self.arena))
         metrics.state_bytes.set_function(lambda: self.arena.state_bytes)
-        level = f"{self.config.quantiles[-1] - self.config.quantiles[0]:.6g}"
-        self._scored, self._hits = metrics.scored.labels(level), metrics.hits.labels(level)
+        self._judged = Judged(metrics, self.config.quantiles, self.follower.horizons)
         self.quantile_keys = [quantile_key(quantile) for quantile in self.config.quantiles]
 
     def partition(self, number: int) -> Partition:
@@ -270,8 +268,7 @@ class Engine:
                 slots = at[part, None] + 1 + np.arange(size)
                 block = self._block(np.full(slots.shape, np.nan), grid.times_of(self.config, slots, slots))
                 index = torch.from_numpy(rows[part])
-                _, after = self.forecaster.advance(self.arena.gather(index), block, last=1)
-                self.arena.scatter(index, after)
+                self.arena.scatter(index, self.follower.through(self.arena.gather(index), block))
             at[some] += size
             size >>= 1
 
@@ -308,11 +305,10 @@ class Engine:
         index = torch.from_numpy(rows)
         state = self.arena.gather(index)
         block = self._block(values, grid.times_of(self.config, slots, seen_ms), covariates)
-        forecast, after = self.forecaster.advance(state, block)
-        opened = open_forecasts(state, forecast)
-        after |= self.scores.settle(state, block.values, opened).rows
-        after |= self.history.append(state, block.values, torch.from_numpy(seen_ms), torch.from_numpy(seen), opened)
-        self.arena.scatter(index, after)
+        followed = self.follower.advance(state, block)
+        times, there = torch.from_numpy(seen_ms), torch.from_numpy(seen)
+        history = self.history.append(state, block.values, times, there, followed)
+        self.arena.scatter(index, followed.rows | history)
 
     def _placed(self, moves: Sequence[Move]) -> Rows:
         """The rows that tell of streams when, and where among the others, they were last heard."""
@@ -339,25 +335,25 @@ class Engine:
         times = grid.times_of(self.config, slot, seen_ms)
         block = self._block(observed[:, None], times[:, None], covariates.reshape(len(wave), 1, -1))
         with timed(self.metrics.step_seconds):
-            forecast, after = self.forecaster.advance(state, block)
-        opened, seen = open_forecasts(state, forecast), torch.ones_like(block.ts_ms, dtype=torch.bool)
-        settled = self.scores.settle(state, block.values, opened)
-        after |= settled.rows | {**self._placed(wave), "count": state["count"] + 1}
-        after |= self.history.append(state, block.values, torch.from_numpy(seen_ms)[:, None], seen, opened)
+            followed = self.follower.advance(state, block)
+        seen = torch.ones_like(block.ts_ms, dtype=torch.bool)
+        history = self.history.append(state, block.values, torch.from_numpy(seen_ms)[:, None], seen, followed)
+        after = followed.rows | history | self._placed(wave) | {"count": state["count"] + 1}
         self.arena.scatter(index, after)
         missing = int(np.isnan(observed).sum())
         self.metrics.observations["missing"].inc(missing)
         self.metrics.observations["observed"].inc(len(wave) - missing)
-        self._scored.inc(int(settled.scored.sum()))
-        self._hits.inc(int(settled.hit.sum()))
+        self._judged.inc(followed.scores.sum((0, 1)).tolist())
+        self.metrics.anomaly.observe(followed.anomaly[~followed.anomaly.isnan()].numpy())
         return after
 
-    def describe(self, streams: Sequence[str], state: Rows) -> Iterator[dict[str, Any]]:
-        """The forecasts that stand open in B states, as the forecasts topic and HTTP tell them."""
-        values = Forecast(state["base"], state["scale"], state["offsets"]).values.numpy()
+    def describe(self, streams: Sequence[str], state: Rows, *, raw: bool = False) -> Iterator[dict[str, Any]]:
+        """The forecasts that stand open in B states, as the forecasts topic and HTTP tell them; raw: uncalibrated."""
+        values = self.follower.standing(state, raw=raw).values.numpy()
         by_quantile = np.ascontiguousarray(rounded(values, state["scale"].numpy()).transpose(0, 2, 1))
         last, gap = state["values"][:, -1].tolist(), state["gap"].tolist()
         slot, ts_ms, count, steps = (state[name].tolist() for name in ("slot", "ts_ms", "count", "steps"))
+        anomaly = self.follower.anomaly.score(state).tolist()
         for n, stream in enumerate(streams):
             yield {
                 "stream": stream,
@@ -367,6 +363,7 @@ class Engine:
                 "model": self.bundle.model_id,
                 "count": count[n],
                 "observed": last[n] if gap[n] == 0 else None,
+                "anomaly": None if math.isnan(anomaly[n]) else round(anomaly[n], 3),
                 "quantiles": dict(zip(self.quantile_keys, by_quantile[n], strict=True)),
                 "status": "live" if steps[n] >= self.config.warmup else "warming",
             }

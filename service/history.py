@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.follow import Followed
 from model.scoring import middle
 from model.state import Rows, TensorSpec
 from service.grid import NO_SLOT
@@ -25,16 +26,22 @@ class History:
             TensorSpec("history_ts_ms", (steps,), torch.int64, NO_SLOT),
             TensorSpec("history_value", (steps,), torch.float64, torch.nan),
             TensorSpec("history_forecast", (steps, len(self.kept)), torch.float64, torch.nan),
+            TensorSpec("history_anomaly", (steps,), torch.float32, torch.nan),
         )
 
-    def append(self, state: Rows, values: Tensor, ts_ms: Tensor, seen: Tensor, opened: Tensor) -> Rows:
-        """The rows of this part after T steps of B streams: values, ts_ms [B, T], and what had been forecast for them,
-        `opened` [B, T, Q]. seen [B, T]: which steps have an observation. `state` is that before the first step.
+    def append(self, state: Rows, values: Tensor, ts_ms: Tensor, seen: Tensor, followed: Followed) -> Rows:
+        """The rows of this part after T steps of B streams: values, ts_ms [B, T], and what was found of them. seen
+        [B, T]: which steps have an observation. `state` is that before the first step.
         """
-        forecast = opened[..., self.kept]
+        forecast = followed.opened[..., self.kept]
         before = state["steps"][:, None] + torch.arange(values.shape[1])
         forecast[before == 0] = torch.nan  # a stream's first observation was forecast by nobody
-        new = {"history_ts_ms": ts_ms, "history_value": values, "history_forecast": forecast}
+        new = {
+            "history_ts_ms": ts_ms,
+            "history_value": values,
+            "history_forecast": forecast,
+            "history_anomaly": followed.anomaly.float(),
+        }
         both = {name: torch.cat((state[name], some), dim=1) for name, some in new.items()}
         if seen.all():
             return {name: some[:, values.shape[1] :] for name, some in both.items()}

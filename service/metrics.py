@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -16,6 +16,7 @@ from service.errors import Reason
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
+ANOMALY = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
 FORWARDED = ("answered", "refused", "unreachable", "busy")
 OUTCOMES = ("observed", "missing", "duplicate", "late", "ended", "rejected")
 
@@ -132,17 +133,25 @@ class Metrics:
         self.ready = Gauge(
             "carousel_ready", "1 while the worker is a member of its group and has its states.", registry=registry
         )
-        self.scored = Counter(
-            "carousel_intervals_scored_total",
-            "One-step forecast intervals whose truth came, by the interval's level.",
-            ["level"],
-            registry=registry,
+        judged = (
+            ("intervals_scored", "Forecast intervals whose truth came, by their level.", ["level", "horizon"]),
+            ("forecast_pinball", "Sum of their mean quantile losses (doubled).", ["horizon"]),
+            ("forecast_error", "Sum of the absolute errors of their medians.", ["horizon"]),
+            ("forecast_naive_error", "Sum of the same of the seasonal naive forecasts beside them.", ["horizon"]),
+            ("intervals_hit", "Forecast intervals that held their truth, by their level.", ["level", "horizon"]),
         )
-        self.hits = Counter(
-            "carousel_intervals_hit_total",
-            "One-step forecast intervals that held their truth, by the interval's level.",
-            ["level"],
-            registry=registry,
+        self.judged = [
+            (
+                Counter(f"carousel_{name}_total", f"{says} At horizons 1, 2, 4 ... only.", names, registry=registry),
+                names,
+            )
+            for name, says, names in judged
+        ]
+        self.anomaly = BatchHistogram(
+            "carousel_anomaly_score",
+            "How odd observations were to the forecasts that stood open for them: 2 is one in a hundred.",
+            ANOMALY,
+            registry,
         )
         self.http_seconds = Histogram(
             "http_request_duration_seconds",
@@ -168,3 +177,20 @@ class Metrics:
         """What is told of a partition that this worker no longer has."""
         with suppress(KeyError):
             self.lag.remove(topic, str(partition))
+
+
+class Judged:
+    """The counters of settled forecasts, bound to the settled horizons of one model."""
+
+    def __init__(self, metrics: Metrics, quantiles: Sequence[float], horizons: Sequence[int]) -> None:
+        level = f"{quantiles[-1] - quantiles[0]:.6g}"
+        labels = [{"level": level, "horizon": str(horizon)} for horizon in horizons]
+        self.counters = [
+            [counter.labels(*(known[name] for name in names)) for counter, names in metrics.judged] for known in labels
+        ]
+
+    def inc(self, measures: Sequence[Sequence[float]]) -> None:
+        """Count what was settled: by horizon, the measures of `model.scoring`."""
+        for counters, by in zip(self.counters, measures, strict=True):
+            for counter, value in zip(counters, by, strict=True):
+                counter.inc(value)

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.config import ModelConfig
 from model.features import Block
 from model.grid import Int64s
 from model.state import Rows
 from service import grid
 from service.engine import Engine
 from service.errors import Refused, Rejected
-from service.records import check_time, check_value, quantile_key, read_covariates, read_time
+from service.records import Limits, check_time, check_value, quantile_key, read_covariates, read_time
 from service.schemas import GivenObservation, PredictRequest
 from service.views import Partitions, find
 
@@ -63,16 +64,16 @@ class Predictor:
         if given:
             with self._turn():
                 state = self._continue(state, given)
-        fields = self.tell(request.stream, state)
+        fields = self.tell(request.stream, state, raw=request.raw)
         return {
             **fields,
             "quantiles": {key: values[:horizon] for key, values in fields["quantiles"].items() if key in quantiles},
             "timestamps": fields["timestamps"] and fields["timestamps"][:horizon],
         }
 
-    def tell(self, stream: str | None, state: Rows) -> dict[str, Any]:
+    def tell(self, stream: str | None, state: Rows, *, raw: bool = False) -> dict[str, Any]:
         """The forecast that stands open in a state [1, ...], with the time that each of its steps is for."""
-        (fields,) = self.engine.describe([stream or ""], state)
+        (fields,) = self.engine.describe([stream or ""], state, raw=raw)
         ahead = fields["slot"] + np.arange(1, self.config.horizon + 1)
         times = self.config.grid.time_of(ahead).tolist() if self.config.grid else None
         return {**fields, "stream": stream, "timestamps": times}
@@ -91,32 +92,14 @@ class Predictor:
         return wanted
 
     def _read(self, history: Sequence[GivenObservation]) -> Given:
-        """The history as columns. Raises Refused, naming the field, where it does not hold what the worker takes."""
-        if len(history) > self.max_steps:
-            raise Refused(422, f"at most {self.max_steps} observations (max_history_steps)", ("body", "history"))
-        ts_ms, values, covariates = [], [], []
-        field = "ts"
-        try:
-            for observation in history:
-                field = "ts"
-                ts_ms.append(check_time(read_time(observation.ts), self.limits))
-                field, value = "value", observation.value
-                values.append(math.nan if value is None else check_value(value, self.limits.max_abs_value))
-                field = "covariates"
-                covariates.append(read_covariates(observation.covariates, self.limits))
-        except Rejected as error:
-            raise Refused(422, str(error), ("body", "history", len(covariates), field)) from error
-        known = np.array(covariates, dtype=float).reshape(len(history), len(self.config.covariates))
-        return Given(np.array(ts_ms, dtype=np.int64), np.array(values, dtype=float), known)
+        return read_history(history, self.limits, self.max_steps)
 
     def _continue(self, state: Rows, given: Given) -> Rows:
         """The state [1, ...] after the history, all of whose steps go at once."""
         last_slot, last_ts_ms = int(state["slot"]), int(state["ts_ms"])
         self._check_after(given, last_slot, last_ts_ms)
         placed = grid.place_in_turn(self.config, given.ts_ms, last_slot, last_ts_ms)
-        if placed.hole.any():
-            at = int(placed.hole.argmax())
-            raise Refused(422, "the time falls into a hole of the model's grid", ("body", "history", at, "ts"))
+        check_holes(placed)
         chosen = np.flatnonzero(placed.fresh)
         restarts = np.flatnonzero(placed.afresh)
         if len(restarts):
@@ -125,9 +108,8 @@ class Predictor:
         begun = int(state["count"]) > 0
         slot = placed.slot[chosen]
         first = last_slot + 1 if begun else int(slot[0])
-        _, after = self.engine.forecaster.advance(state, self._block(given, chosen, slot, first), last=1)
         return {
-            **after,
+            **self.engine.follower.through(state, self._block(given, chosen, slot, first)),
             "slot": torch.from_numpy(slot[-1:]),
             "ts_ms": torch.from_numpy(given.ts_ms[chosen[-1:]]),
             "count": state["count"] + len(chosen),
@@ -143,17 +125,7 @@ class Predictor:
             raise Refused(422, detail, ("body", "history", int(past.argmax()), "ts"))
 
     def _block(self, given: Given, chosen: Int64s, slot: Int64s, first: int) -> Block:
-        """The steps `first` ... the last slot, NaN where `chosen` have none."""
-        steps = int(slot[-1]) - first + 1
-        if steps > self.max_steps:
-            detail = f"{steps} steps with its gaps filled; at most {self.max_steps} (max_history_steps)"
-            raise Refused(422, detail, ("body", "history"))
-        values = np.full((1, steps), np.nan)
-        covariates = np.full((1, steps, len(self.config.covariates)), np.nan)
-        values[0, slot - first] = given.values[chosen]
-        covariates[0, slot - first] = given.covariates[chosen]
-        times = grid.times_of(self.config, np.arange(first, first + steps), given.ts_ms[chosen])  # no clock: no gaps
-        return Block(torch.from_numpy(values), torch.from_numpy(times[None]), torch.from_numpy(covariates))
+        return steps_of(given, self.config, chosen, slot, first, self.max_steps)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -163,3 +135,44 @@ class Predictor:
             yield
         finally:
             self._turns.release()
+
+
+def read_history(history: Sequence[GivenObservation], limits: Limits, max_steps: int) -> Given:
+    """A history as columns. Raises Refused, naming the field, where it does not hold what the worker takes."""
+    if len(history) > max_steps:
+        raise Refused(422, f"at most {max_steps} observations (max_history_steps)", ("body", "history"))
+    ts_ms, values, covariates = [], [], []
+    field = "ts"
+    try:
+        for observation in history:
+            field = "ts"
+            ts_ms.append(check_time(read_time(observation.ts), limits))
+            field, value = "value", observation.value
+            values.append(math.nan if value is None else check_value(value, limits.max_abs_value))
+            field = "covariates"
+            covariates.append(read_covariates(observation.covariates, limits))
+    except Rejected as error:
+        raise Refused(422, str(error), ("body", "history", len(covariates), field)) from error
+    known = np.array(covariates, dtype=float).reshape(len(history), len(limits.covariates))
+    return Given(np.array(ts_ms, dtype=np.int64), np.array(values, dtype=float), known)
+
+
+def check_holes(placed: grid.Placed) -> None:
+    """Raises Refused for the first observation of a history whose time is no slot of the grid."""
+    if placed.hole.any():
+        at = int(placed.hole.argmax())
+        raise Refused(422, "the time falls into a hole of the model's grid", ("body", "history", at, "ts"))
+
+
+def steps_of(given: Given, config: ModelConfig, chosen: Int64s, slot: Int64s, first: int, max_steps: int) -> Block:
+    """The steps `first` ... the last slot, NaN where the observations `chosen`, at `slot`, have none."""
+    steps = int(slot[-1]) - first + 1
+    if steps > max_steps:
+        detail = f"{steps} steps with its gaps filled; at most {max_steps} (max_history_steps)"
+        raise Refused(422, detail, ("body", "history"))
+    values = np.full((1, steps), np.nan)
+    covariates = np.full((1, steps, len(config.covariates)), np.nan)
+    values[0, slot - first] = given.values[chosen]
+    covariates[0, slot - first] = given.covariates[chosen]
+    times = grid.times_of(config, np.arange(first, first + steps), given.ts_ms[chosen])  # no clock: no gaps
+    return Block(torch.from_numpy(values), torch.from_numpy(times[None]), torch.from_numpy(covariates))

@@ -73,6 +73,7 @@ class PredictRequest(Strict):
     quantiles: list[FiniteFloat] | None = Field(
         None, min_length=1, description="Answer these of the model's quantiles; by default all."
     )
+    raw: bool = Field(False, description="Answer the quantiles as the model gives them, without their calibration.")
 
 
 class Page(BaseModel):
@@ -100,6 +101,10 @@ class Forecast(Answer):
     model: str = Field(description="Id of the model.")
     count: int = Field(description="Observations seen since the stream began (or began afresh).")
     observed: Scalar = Field(description="The last value, in the series' own unit; null: nothing was observed.")
+    anomaly: Scalar = Field(
+        description="How odd that observation, and a little those before it, were to the forecasts that stood open for"
+        " them: -log10 of the probability of the like, 2 is one in a hundred; null: not observed, or still warming."
+    )
     quantiles: ByQuantile = Field(
         description="By quantile, one number a step of the horizon, in the series' own unit: element k is for the step"
         " k + 1 after the last one seen. At each step they increase with the quantile."
@@ -112,8 +117,8 @@ class Forecast(Answer):
     )
 
 
-class Scores(Answer):
-    """How good the one-step forecasts of a live stream were, the last 500 or so counting most."""
+class HorizonScores(Answer):
+    """How good the forecasts of a live stream were, the last 500 or so counting most."""
 
     scored: float = Field(description="Forecasts whose truth came; older ones count for less than 1 each.")
     mase: Scalar = Field(
@@ -121,6 +126,13 @@ class Scores(Answer):
     )
     pinball: Scalar = Field(description="Mean quantile loss (doubled), in the series' own unit.")
     coverage: Scalar = Field(description="Share of truths within the outermost quantiles, 0 to 1.")
+
+
+class Scores(HorizonScores):
+    """How good the forecasts one step ahead of a live stream were, and those of other horizons."""
+
+    by_horizon: dict[str, HorizonScores] = Field(description="By steps ahead: 1, 2, 4, 8 ... and the last.")
+    total: HorizonScores = Field(description="Of these horizons together.")
 
 
 class Stream(Answer):
@@ -132,6 +144,7 @@ class Stream(Answer):
     count: int = Field(description="Observations since it began (or began afresh).")
     observed: Scalar = Field(description="Its last value, in the series' own unit; null: nothing was observed.")
     status: Literal["warming", "live"] = Field(description="Whether it has seen `warmup` steps.")
+    anomaly: Scalar = Field(description="How odd its last value was, as a forecast tells it.")
     scores: Scores = Field(description="How good its forecasts were.")
 
 
@@ -153,10 +166,10 @@ class Layer(Answer):
     """A layer of the recurrence after its last step; each list has one number a hidden unit."""
 
     h: list[float] = Field(description="Hidden state, -1 to 1.")
-    c: list[float] = Field(description="Cell state C, the constant error carousel; zeros for a plain RNN.")
+    c: list[float] = Field(description="Cell state C, the constant error carousel; zeros for a GRU or RNN.")
     gates: dict[str, list[float]] = Field(
-        description="What the gates `input`, `forget`, `output` (0 to 1) and the `candidate` (-1 to 1) were in the last"
-        " step; none for a plain RNN."
+        description="What the gates were in the last step. LSTM: `input`, `forget`, `output` (0 to 1) and the"
+        " `candidate` (-1 to 1); GRU: `reset`, `update` (0 to 1) and the `candidate`; a plain RNN has none."
     )
 
 
@@ -181,6 +194,7 @@ class PastObservation(Answer):
     forecast: dict[str, float] | None = Field(
         description="By quantile, what had been forecast one step before, in the series' own unit; null: nothing was."
     )
+    anomaly: Scalar = Field(description="How odd it was, as a forecast tells it; null: nobody could say.")
 
 
 class StreamHistory(Answer):
@@ -207,6 +221,42 @@ class Model(Answer):
     training: dict[str, Any] = Field(description="How it came to be: table, seed, options.")
     scores: dict[str, dict[str, Scalar]] = Field(
         description="From its backtest, by method, then by measure: wql, mase, coverage."
+    )
+
+
+class ClassifyRequest(Strict):
+    """What a classifier is asked: a history, to be told what it is."""
+
+    history: list[GivenObservation] = Field(
+        min_length=1,
+        description="Observations in the order of their times, placed on the grid as a forecaster's are.",
+    )
+
+
+class Classified(Answer):
+    """What a classifier says of a history; `label` and `probabilities`, or `value` where it was trained to regress."""
+
+    model: str = Field(description="Id of the model.")
+    ts: TimeMs = Field(description="Time of the last observation that counted, epoch milliseconds.")
+    count: int = Field(description="How many observations counted.")
+    label: str = Field("", description="The most probable class.")
+    probabilities: dict[str, float] = Field({}, description="By class; they sum to 1.")
+    value: float | None = Field(None, description="The value told, in the unit of the labels that it was trained on.")
+
+
+class ClassifierModel(Answer):
+    """The classifier that is served."""
+
+    id: str = Field(description="Its name and the first digits of its weights' checksum; equal ids answer equally.")
+    labels: list[str] = Field(description="The classes; none: it tells a value.")
+    steps: int = Field(description="Of a longer history the last so many steps are read.")
+    step_ms: int | None = Field(description="Milliseconds between slots; null: each observation is one step.")
+    season: int = Field(description="Steps after which its series resemble themselves; 1: no season.")
+    covariates: list[str] = Field(description="Names of further numbers that it takes with each observation.")
+    max_gap: int = Field(description="Missing steps that are bridged; what lies before a longer gap is forgotten.")
+    training: dict[str, Any] = Field(description="How it came to be: table, label, seed, options.")
+    scores: dict[str, dict[str, Scalar]] = Field(
+        description="On series held back, by method, then by measure: accuracy, macro_f1, log_loss, or mae, rmse."
     )
 
 

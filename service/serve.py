@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
 import torch
 
-from model.bundle import load_bundle
+from model.bundle import ClassifierBundle, open_bundle
 from model.errors import CarouselError
-from service.api import create_app
+from service.api import create_app, create_classifier_app
+from service.classify import Judge
 from service.engine import Engine
 from service.errors import ServiceError
 from service.events import EventHub
@@ -33,10 +35,13 @@ def serve(settings: Settings) -> None:
     Raises BundleError where the model cannot be loaded and ServiceError where the service cannot start or go on.
     """
     torch.set_num_threads(settings.threads)
-    bundle = load_bundle(settings.model)
+    bundle = open_bundle(settings.model)
     metrics = Metrics()
     metrics.build.info({"version": version_installed()})
     metrics.model.info({"model": bundle.model_id})
+    if isinstance(bundle, ClassifierBundle):
+        _serve_classifier(bundle, settings, metrics)
+        return
     engine = Engine(bundle, settings, metrics)
     server = HttpServer(settings)
     url = settings.advertised_url or server.url
@@ -60,6 +65,19 @@ def serve(settings: Settings) -> None:
         server.stop()
         if owners:
             owners.close()
+
+
+def _serve_classifier(bundle: ClassifierBundle, settings: Settings, metrics: Metrics) -> None:
+    """A classifier answers histories over HTTP. It says nothing step by step, so it follows no topic."""
+    server, stopped = HttpServer(settings), threading.Event()
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopped.set())
+        server.start(create_classifier_app(Judge(bundle, settings), settings, metrics))
+        log.info("serving %s: %s/v1/predict; a classifier: no Kafka topic is followed", bundle.model_id, server.url)
+        stopped.wait()
+    finally:
+        server.stop()
 
 
 def _run(worker: Worker) -> None:

@@ -89,6 +89,9 @@ class Settings(BaseSettings):
         0.0, ge=0, description="Streams not heard for so long, in event time, are forgotten; 0: never."
     )
     history_steps: int = Field(48, ge=0, le=10_000, description="Recent observations kept a stream, for /history.")
+    intervals: Literal["calibrated", "raw"] = Field(
+        "calibrated", description="Let intervals adapt to how well each stream's held, or issue them as the model does."
+    )
     max_wave_rows: int = Field(4_096, ge=1, description="Most streams advanced in one batched step.")
     threads: int = Field(1, ge=1, le=256, description="Threads that torch computes with.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")

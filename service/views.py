@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model.cells import GATES
 from model.config import ModelConfig
@@ -73,26 +75,29 @@ def summaries(engine: Engine, keys: list[StreamKey], state: Rows) -> list[Fields
         {
             "stream": key.stream,
             "partition": key.partition,
-            **{name: fields[name] for name in ("ts", "count", "observed", "status")},
+            **{name: fields[name] for name in ("ts", "count", "observed", "anomaly", "status")},
             "scores": scores,
         }
-        for key, fields, scores in zip(keys, told, _scores(state), strict=True)
+        for key, fields, scores in zip(keys, told, _scores(engine, state), strict=True)
     ]
 
 
-def _scores(state: Rows) -> list[Fields]:
-    names = ("scored", "pinball", "absolute_error", "naive_error", "hits")
-    return [
-        {
-            "scored": scored,
-            "mase": _ratio(absolute_error, naive_error),
-            "pinball": _ratio(pinball, scored),
-            "coverage": _ratio(hits, scored),
-        }
-        for scored, pinball, absolute_error, naive_error, hits in zip(
-            *(state[name].tolist() for name in names), strict=True
-        )
-    ]
+def _scores(engine: Engine, state: Rows) -> Iterator[Fields]:
+    """Of one step ahead, by horizon, and of all settled horizons together."""
+    for by_horizon in state["scores"].numpy():
+        told = [_measures(row) for row in by_horizon]
+        names = map(str, engine.follower.horizons)
+        yield {**told[0], "by_horizon": dict(zip(names, told, strict=True)), "total": _measures(by_horizon.sum(0))}
+
+
+def _measures(sums: NDArray[np.float64]) -> Fields:
+    scored, pinball, absolute_error, naive_error, hits = sums.tolist()
+    return {
+        "scored": scored,
+        "mase": _ratio(absolute_error, naive_error),
+        "pinball": _ratio(pinball, scored),
+        "coverage": _ratio(hits, scored),
+    }
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -120,7 +125,8 @@ def inside(config: ModelConfig, key: StreamKey, state: Rows) -> Fields:
 def history(engine: Engine, key: StreamKey, state: Rows) -> Fields:
     """The recent observations, oldest first, each beside what had been forecast for it."""
     quantiles = [quantile_key(quantile) for quantile in engine.history.quantiles]
-    ts_ms, values, forecasts = (state[f"history_{name}"][0].numpy() for name in ("ts_ms", "value", "forecast"))
+    names = ("ts_ms", "value", "forecast", "anomaly")
+    ts_ms, values, forecasts, anomaly = (state[f"history_{name}"][0].numpy() for name in names)
     return {
         "stream": key.stream,
         "partition": key.partition,
@@ -130,6 +136,7 @@ def history(engine: Engine, key: StreamKey, state: Rows) -> Fields:
                 "ts": ts_ms[n],
                 "value": None if np.isnan(values[n]) else values[n],
                 "forecast": None if np.isnan(forecasts[n]).any() else dict(zip(quantiles, forecasts[n], strict=True)),
+                "anomaly": None if np.isnan(anomaly[n]) else round(float(anomaly[n]), 3),
             }
             for n in np.flatnonzero(ts_ms != grid.NO_SLOT)
         ],

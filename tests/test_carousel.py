@@ -14,7 +14,7 @@ import pytest
 from service.settings import Settings
 from tests.served import random_bundle
 
-COMMANDS = ("demo", "train", "backtest", "serve", "replay", "broker", "bench", "chaos")
+COMMANDS = ("demo", "train", "backtest", "serve", "replay", "broker", "bench", "chaos", "inspect", "memory")
 
 
 def carousel(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -1,15 +1,15 @@
 """Backtest: replay as served, beside the seasonal naive forecast.
 
-Each series is fed to `Forecaster.advance` from its first step, as its observations would come live, and the
-forecasts issued over its last part are kept. So the scores are those of the streaming model, warm-up, scaling and
-carried state included.
+Each series is fed to `Follower.advance` from its first step, as its observations would come live, and the
+forecasts issued over its last part are kept. So the scores are those of the streaming model, warm-up, scaling,
+carried state and calibration included.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +17,18 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from model.bundle import Bundle
 from model.config import ModelConfig
-from model.network import Forecaster
+from model.follow import Follower
+from model.network import Forecast, Forecaster
 from model.scoring import Scores, score
-from training.series import Series, to_grid
-from training.table import Columns, TableError, read_table
-from training.windows import block_of, cut, find_split
+from training.series import Series
+from training.table import TableError
+from training.windows import block_of, cut
 
-CAROUSEL, NAIVE = "carousel", "seasonal naive"
+CAROUSEL, RAW, NAIVE = "carousel", "carousel, raw", "seasonal naive"
 """The methods, by the names that tables and bundles give them."""
 NUMBERS_MAX = 16_000_000
 """Where K is not given, origins are thinned until the forecasts are no more numbers than these."""
@@ -37,8 +36,6 @@ BLOCK_NUMBERS = 4_000_000
 """And so many at most are in work at once."""
 GROUP_STREAMS = 512
 """Series replayed side by side."""
-TABLE_ROWS = 20
-"""Series and horizons shown one by one, at most."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,9 @@ class Backtest:
     """Forecasts from N origins for the H steps after each, with what came true. All tensors float64.
 
     series: by its unique_id; of [N]: the index of each origin's in `ids`. origin_ms [N] int64: the time of the last
-    observation seen. truth [N, H], NaN where missing. quantiles [N, H, Q], by method. naive_mae [N]: the error of the
-    seasonal naive point in the series' history before its first origin.
+    observation seen. truth [N, H], NaN where missing. quantiles [N, H, Q], by method. naive_mae, naive_rmse [N]: the
+    mean absolute and the root mean squared error of the seasonal naive point in the series' history before its first
+    origin.
     """
 
     config: ModelConfig
@@ -57,31 +55,30 @@ class Backtest:
     truth: Tensor
     quantiles: Mapping[str, Tensor]
     naive_mae: Tensor
+    naive_rmse: Tensor
 
     def scores(self) -> dict[str, Scores]:
-        """Over everything, by method."""
-        return self._scores(torch.arange(len(self.of)), slice(None))
-
-    def scores_by_step(self) -> list[dict[str, Scores]]:
-        """For each of the H steps ahead alone."""
-        everything = torch.arange(len(self.of))
-        return [self._scores(everything, slice(step, step + 1)) for step in range(self.config.horizon)]
-
-    def scores_by_series(self) -> dict[str, dict[str, Scores]]:
-        """For each series alone, by its unique_id."""
+        """Over everything, by method: the few measures that a live stream has too."""
+        truth = self.truth.flatten()
+        naive_mae = self.naive_mae[:, None].expand_as(self.truth).flatten()
         return {
-            name: self._scores(rows, slice(None))
-            for number, name in enumerate(self.ids)
-            if len(rows := (self.of == number).nonzero()[:, 0])
-        }
-
-    def _scores(self, rows: Tensor, steps: slice) -> dict[str, Scores]:
-        truth = self.truth[rows, steps]
-        naive_mae = self.naive_mae[rows, None].expand_as(truth).flatten()
-        return {
-            method: score(quantiles[rows, steps].flatten(0, 1), truth.flatten(), naive_mae, self.config)
+            method: score(quantiles.flatten(0, 1), truth, naive_mae, self.config)
             for method, quantiles in self.quantiles.items()
         }
+
+    def at(self, rows: Tensor) -> Backtest:
+        """The forecasts from some of the origins alone. rows: indices [n] int64; series left without any go too."""
+        kept, of = torch.unique(self.of[rows], return_inverse=True)
+        return dataclasses.replace(
+            self,
+            ids=[self.ids[number] for number in kept],
+            of=of,
+            origin_ms=self.origin_ms[rows],
+            truth=self.truth[rows],
+            quantiles={method: quantiles[rows] for method, quantiles in self.quantiles.items()},
+            naive_mae=self.naive_mae[rows],
+            naive_rmse=self.naive_rmse[rows],
+        )
 
     def write_forecasts(self, path: Path) -> None:
         """Write the forecasts as Parquet, one row for each origin and step ahead.
@@ -132,7 +129,7 @@ def backtest(
         )
     chosen.sort(key=lambda each: each.length, reverse=True)
     forecaster.eval()
-    replayed: list[tuple[Tensor, Tensor]] = []
+    replayed: list[_Issued] = []
     for first in range(0, len(chosen), GROUP_STREAMS):
         replayed += _replay(forecaster, chosen[first : first + GROUP_STREAMS])
     return _assembled(config, chosen, replayed)
@@ -156,55 +153,76 @@ def _origins(series: Series, start: int, every: int, horizon: int) -> NDArray[np
     return steps[~np.isnan(series.y[steps])]
 
 
-def _replay(forecaster: Forecaster, group: Sequence[_Chosen]) -> list[tuple[Tensor, Tensor]]:
-    """Feed series, the longest first, to the model. -> for each, base [n, H] and quantiles [n, H, Q] at its origins.
+@dataclass(frozen=True)
+class _Issued:
+    """What was forecast from n origins: base [n, H], quantiles as issued and raw [n, H, Q]."""
+
+    base: Tensor
+    calibrated: Tensor
+    raw: Tensor
+
+
+def _replay(forecaster: Forecaster, group: Sequence[_Chosen]) -> list[_Issued]:
+    """Feed series, the longest first, to the model. -> for each, the forecasts from its origins.
 
     They stand aligned at their ends, for there the origins are; a shorter one joins when it begins. Where we are is
     counted in steps before the end.
     """
-    config = forecaster.config
+    config, follower = forecaster.config, Follower(forecaster)
     first_origin = max(each.length - int(each.origins[0]) for each in group)
     numbers = max(config.horizon * len(config.quantiles), config.context)
-    forecasts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in group]
-    state = forecaster.initial_state(0)
+    forecasts: list[list[_Issued]] = [[] for _ in group]
+    state = follower.schema.initial(0)
     at = group[0].length
     while at > config.horizon:
         present = [each for each in group if each.length >= at]
-        beginning = forecaster.initial_state(len(present) - len(state["h"]))
+        beginning = follower.schema.initial(len(present) - len(state["h"]))
         state = {name: torch.cat((rows, beginning[name])) for name, rows in state.items()}
         emit = at <= first_origin
         later = [each.length for each in group[len(present) :]] + ([] if emit else [first_origin])
         stop = max(0, at - max(1, BLOCK_NUMBERS // (len(present) * numbers)), *later)
         block = block_of([cut(each.series, each.length - at, each.length - stop) for each in present])
-        forecast, state = forecaster.advance(state, block, last=None if emit else 1)
-        if emit:
-            values = forecast.values
-            for row, each in enumerate(present):
-                column = each.origins - (each.length - at)
-                column = column[(column >= 0) & (column < at - stop)]
-                forecasts[row].append((forecast.base[row, column], values[row, column]))
+        followed = follower.advance(state, block)
+        state, raw = followed.rows, followed.raw
+        for row, each in enumerate(present if emit else ()):
+            column = each.origins - (each.length - at)
+            column = column[(column >= 0) & (column < at - stop)]
+            chosen = Forecast(raw.base[row, column], raw.scale[row, column], raw.offsets[row, column])
+            issued = follower.calibration.calibrated(chosen, followed.stretch[row, column])
+            forecasts[row].append(_Issued(chosen.base, issued.values, chosen.values))
         at = stop
-    return [(torch.cat([base for base, _ in each]), torch.cat([values for _, values in each])) for each in forecasts]
+    return [
+        _Issued(*(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(_Issued)))
+        for parts in forecasts
+    ]
 
 
-def _assembled(config: ModelConfig, chosen: Sequence[_Chosen], replayed: Sequence[tuple[Tensor, Tensor]]) -> Backtest:
+def _assembled(config: ModelConfig, chosen: Sequence[_Chosen], replayed: Sequence[_Issued]) -> Backtest:
     number = {name: k for k, name in enumerate(dict.fromkeys(each.series.unique_id for each in chosen))}
     ahead = np.arange(1, config.horizon + 1)
     counts = torch.tensor([len(each.origins) for each in chosen])
     naive = [
-        base[..., None] + _naive_spread(each.series.y[: each.start], config)
-        for each, (base, _) in zip(chosen, replayed, strict=True)
+        issued.base[..., None] + _naive_spread(each.series.y[: each.start], config)
+        for each, issued in zip(chosen, replayed, strict=True)
     ]
+
+    def of_history(error: Callable[[NDArray[np.float64], int], float]) -> Tensor:
+        errors = [error(each.series.y[: each.start], config.season) for each in chosen]
+        return torch.tensor(errors, dtype=torch.float64).repeat_interleave(counts)
+
     return Backtest(
         config=config,
         ids=list(number),
         of=torch.tensor([number[each.series.unique_id] for each in chosen]).repeat_interleave(counts),
         origin_ms=torch.cat([torch.from_numpy(each.series.ts_ms[each.origins]) for each in chosen]),
         truth=torch.cat([torch.from_numpy(each.series.y[each.origins[:, None] + ahead]) for each in chosen]),
-        quantiles={CAROUSEL: torch.cat([values for _, values in replayed]), NAIVE: torch.cat(naive)},
-        naive_mae=torch.tensor([naive_mae(each.series.y[: each.start], config.season) for each in chosen])
-        .double()
-        .repeat_interleave(counts),
+        quantiles={
+            CAROUSEL: torch.cat([issued.calibrated for issued in replayed]),
+            RAW: torch.cat([issued.raw for issued in replayed]),
+            NAIVE: torch.cat(naive),
+        },
+        naive_mae=of_history(naive_mae),
+        naive_rmse=of_history(naive_rmse),
     )
 
 
@@ -216,6 +234,16 @@ def naive_mae(history: NDArray[np.float64], season: int) -> float:
     """
     errors = np.abs(history[season:] - history[:-season])
     return float(np.nanmean(errors)) if (~np.isnan(errors)).any() else math.nan
+
+
+def naive_rmse(history: NDArray[np.float64], season: int) -> float:
+    """Its root mean squared error; NaN likewise.
+
+    >>> naive_rmse(np.array([1.0, 2.0, 2.0, np.nan, 9.0]), season=2)
+    5.0
+    """
+    squares = np.square(history[season:] - history[:-season])
+    return math.sqrt(np.nanmean(squares)) if (~np.isnan(squares)).any() else math.nan
 
 
 def _naive_spread(history: NDArray[np.float64], config: ModelConfig) -> Tensor:
@@ -230,43 +258,6 @@ def _naive_spread(history: NDArray[np.float64], config: ModelConfig) -> Tensor:
     return spread
 
 
-def run(
-    bundle: Bundle,
-    table: Path,
-    columns: Columns,
-    *,
-    last: int | None = None,
-    every: int | None = None,
-    forecasts: Path | None = None,
-    console: Console | None = None,
-) -> Backtest:
-    """`carousel backtest`: replay a table, print how good the forecasts were, and write them where asked.
-
-    last: how many steps at the end of each series are forecast (None: those held back when the bundle was trained);
-    every: of the origins there, each so-manieth. Covariates are those of the bundle, whatever `columns` says. Raises
-    TableError if the table cannot be read or is too short, OSError if the file cannot be written.
-    """
-    config = bundle.config
-    columns = dataclasses.replace(columns, covariates=config.covariates)
-    series = to_grid(read_table(table, columns), config.grid, config.max_gap)
-    lengths = [len(each.y) for each in series]
-    if last is None:
-        split = find_split(lengths, config.horizon, bundle.training.get("test_steps"))
-        starts = [split.test_start(length) for length in lengths]
-    else:
-        starts = [max(1, length - last) for length in lengths]
-    result = backtest(bundle.forecaster, series, starts, every)
-    console = console or Console()
-    console.print(
-        f"{bundle.model_id}: {len(result.of):,} forecasts", summary(result.scores()), sep="\n", highlight=False
-    )
-    console.print(_by_step(result), _by_series(result))
-    if forecasts:
-        result.write_forecasts(forecasts)
-        console.print(f"forecasts written to {forecasts}")
-    return result
-
-
 def summary(scores: Mapping[str, Scores]) -> Table:
     """The overall scores, one row a method."""
     table = Table("method")
@@ -274,28 +265,4 @@ def summary(scores: Mapping[str, Scores]) -> Table:
         table.add_column(measure, justify="right")
     for method, row in scores.items():
         table.add_row(method, f"{row.wql:.4f}", f"{row.mase:.3f}", f"{row.coverage:.1%}")
-    return table
-
-
-def _by_step(result: Backtest) -> Table:
-    scores = result.scores_by_step()
-    shown = sorted({round(step) for step in np.linspace(0, len(scores) - 1, TABLE_ROWS // 2)})
-    return _breakdown("step ahead", ((str(step + 1), scores[step]) for step in shown))
-
-
-def _by_series(result: Backtest) -> Table:
-    scores = result.scores_by_series()
-    hardest = sorted(scores, key=lambda name: -np.nan_to_num(scores[name][CAROUSEL].mase))[:TABLE_ROWS]
-    heading = "series" if len(hardest) == len(scores) else f"series (the hardest {TABLE_ROWS} of {len(scores):,})"
-    return _breakdown(heading, ((name, scores[name]) for name in hardest))
-
-
-def _breakdown(heading: str, rows: Iterable[tuple[str, Mapping[str, Scores]]]) -> Table:
-    table = Table(heading)
-    for measure in ("wql", f"{NAIVE}'s", "mase", f"{NAIVE}'s", "coverage"):
-        table.add_column(measure, justify="right")
-    for name, row in rows:
-        ours, naive = row[CAROUSEL], row[NAIVE]
-        numbers = (f"{ours.wql:.4f}", f"{naive.wql:.4f}", f"{ours.mase:.3f}", f"{naive.mase:.3f}")
-        table.add_row(name, *numbers, f"{ours.coverage:.1%}")
     return table

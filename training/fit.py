@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,8 +24,16 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar, Timer
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+    Timer,
+    WeightAveraging,
+)
 from rich.console import Console
+from torch import Tensor
 
 from model.bundle import Bundle, save_bundle
 from model.config import Cell, ModelConfig
@@ -43,6 +51,8 @@ from training.windows import Split, WindowData, WindowOptions, cut, find_split
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+AVERAGE = 0.99
+"""What is kept, a step, of the average of the weights."""
 BEST, LAST, RUN = "best.ckpt", "last.ckpt", "run.json"
 
 
@@ -81,7 +91,7 @@ class TrainConfig:
     cell: Cell = "lstm"
     hidden_size: int = 64
     layers: int = 2
-    dropout: float = 0.0
+    dropout: float = 0.2
 
     seed: int = 0
     epochs: int = 20
@@ -114,6 +124,26 @@ class TrainConfig:
             raise TrainError(f"test_steps must hold a horizon ({self.horizon}), not {self.test_steps}")
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a training learns from, and when it began. table: the file's name, if it is one."""
+
+    model_config: ModelConfig
+    series: Sequence[Series]
+    split: Split
+    table: str | None
+    started_s: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A forecaster with the best weights of its training, which had this validation loss."""
+
+    forecaster: Forecaster
+    epochs: int
+    validation_loss: float
+
+
 def fit(table: Path | Sequence[Observed], columns: Columns, config: TrainConfig) -> Bundle:
     """Train a model on a table, backtest it on the end that was held back, and write its bundle to `config.out`.
 
@@ -121,30 +151,47 @@ def fit(table: Path | Sequence[Observed], columns: Columns, config: TrainConfig)
     TableError if the table cannot be read, TrainError if it cannot be learned from or the options make no sense,
     TrainInterrupted if stopped by Ctrl-C or SIGTERM. Then there is no new bundle, but a training to resume.
     """
-    started = time.monotonic()
+    prepared = prepare(table, columns, config)
+    return finish(prepared, train(prepared, config), config)
+
+
+def prepare(table: Path | Sequence[Observed], columns: Columns, config: TrainConfig) -> Prepared:
+    """Read a table and find what is to be trained on it."""
+    started_s = time.monotonic()
     observed = read_table(table, columns) if isinstance(table, Path) else table
-    model_config, series, split = _plan(observed, columns, config)
+    return Prepared(*_plan(observed, columns, config), table.name if isinstance(table, Path) else None, started_s)
+
+
+def train(prepared: Prepared, config: TrainConfig, callbacks: Sequence[Callback] = ()) -> Trained:
+    """Train; the part that is held back changes nothing of what comes out."""
     with _threads(config.threads):
         torch.manual_seed(config.seed)
-        forecaster = Forecaster(model_config)
-        data = WindowData(forecaster, series, split, config.windows, config.seed)
-        epochs = _train(forecaster, data, config)
+        forecaster = Forecaster(prepared.model_config)
+        data = WindowData(forecaster, prepared.series, prepared.split, config.windows, config.seed)
+        return _train(forecaster, data, config, callbacks)
+
+
+def finish(prepared: Prepared, trained: Trained, config: TrainConfig, more: Mapping[str, Any] | None = None) -> Bundle:
+    """Fit the regression to stand beside it, backtest both and write the bundle. more: what else there is to tell of its training."""
+    series, split, forecaster = prepared.series, prepared.split, trained.forecaster
+    with _threads(config.threads):
         share = fit_regression(forecaster, series, split, config.seed)
         result = backtest(forecaster, series, [split.test_start(len(each.y)) for each in series])
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - prepared.started_s
     bundle = save_bundle(
         config.out,
         forecaster,
         name=_name(config.name or config.out.resolve().name),
         training={
-            **({"table": table.name} if isinstance(table, Path) else {}),
+            **({"table": prepared.table} if prepared.table else {}),
             "series": len({each.unique_id for each in series}),
             "observations": sum(int((~np.isnan(each.y)).sum()) for each in series),
             "test_steps": split.test,
-            "epochs": epochs,
+            "epochs": trained.epochs,
             "regression_share": share,
             "seconds": round(seconds, 1),
-            **_options(config),
+            **options(config),
+            **(more or {}),
         },
         scores={method: _finite(row) for method, row in result.scores().items()},
     )
@@ -171,7 +218,7 @@ def _name(wanted: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("._-")[:64] or "carousel"
 
 
-def _options(config: TrainConfig) -> dict[str, Any]:
+def options(config: TrainConfig) -> dict[str, Any]:
     """The options that decide what comes out of a training, beside what the model's own configuration tells."""
     kept = ("seed", "learning_rate", "weight_decay", "clip", "patience")
     windows = {f"window_{name}": value for name, value in dataclasses.asdict(config.windows).items()}
@@ -242,8 +289,8 @@ def _check(series: Sequence[Series], split: Split, horizon: int) -> None:
 # --- Training ---------------------------------------------------------------------------------------------------
 
 
-def _train(forecaster: Forecaster, data: WindowData, config: TrainConfig) -> int:
-    """Train, and leave the best weights in `forecaster`. -> the number of epochs that it took."""
+def _train(forecaster: Forecaster, data: WindowData, config: TrainConfig, callbacks: Sequence[Callback]) -> Trained:
+    """Train, and leave the best weights in `forecaster`."""
     folder = config.out / CHECKPOINTS
     resumed = _checkpoint(folder, _run(forecaster.config, config, data), wanted=config.resume)
     total_steps = config.epochs * config.windows.batches
@@ -267,7 +314,14 @@ def _train(forecaster: Forecaster, data: WindowData, config: TrainConfig) -> int
             deterministic=True,
             max_epochs=config.epochs,
             gradient_clip_val=config.clip,
-            callbacks=[best, last, EarlyStopping("validation_loss", patience=config.patience), *_callbacks(config)],
+            callbacks=[
+                WeightAveraging(avg_fn=_average),
+                best,
+                last,
+                EarlyStopping("validation_loss", patience=config.patience),
+                *_callbacks(config),
+                *callbacks,
+            ],
             logger=False,
             enable_progress_bar=Console().is_terminal,
             enable_model_summary=False,
@@ -277,7 +331,12 @@ def _train(forecaster: Forecaster, data: WindowData, config: TrainConfig) -> int
     weights = torch.load(folder / BEST, weights_only=True)["state_dict"]
     module.load_state_dict(weights)
     log.info("the best of %d epochs had a validation loss of %.5f", trainer.current_epoch, best.best_model_score)
-    return trainer.current_epoch
+    return Trained(forecaster, trainer.current_epoch, float(best.best_model_score))  # type: ignore[arg-type]
+
+
+def _average(average: Tensor, weights: Tensor, updates: Tensor) -> Tensor:
+    """An exponential moving average (Polyak and Juditsky 1992): over the last 100 steps, fewer at first."""
+    return torch.lerp(weights, average, min(AVERAGE, int(updates) / (int(updates) + 10)))
 
 
 def _callbacks(config: TrainConfig) -> list[Callback]:
@@ -301,7 +360,7 @@ def _run(model_config: ModelConfig, config: TrainConfig, data: WindowData) -> di
     digest = hashlib.sha256()
     for each in data.replays:
         digest.update(each.values.numpy().tobytes())
-    run = {"table": digest.hexdigest()[:12], "epochs": config.epochs, **_options(config), **model_config.to_json()}
+    run = {"table": digest.hexdigest()[:12], "epochs": config.epochs, **options(config), **model_config.to_json()}
     return dict(json.loads(json.dumps(run)))  # as it comes back from its file
 
 

@@ -111,6 +111,25 @@ def read_table(path: Path | str, columns: Columns | None = None) -> list[Observe
     return [Observed(str(names[code[rows[0]]]), ts_ms[rows], y[rows], covariates[rows]) for rows in rows_of]
 
 
+def read_labels(path: Path, columns: Columns, label: str) -> dict[str, str]:
+    """What the column `label` says of each series, as text. Raises TableError where it says nothing, or two things."""
+    head = _head(path)
+    absent = {columns.unique_id, label} - set(head.columns)
+    if absent:
+        lacking = ", ".join(map(repr, sorted(absent)))
+        raise TableError(f"{path}: no column {lacking}; {_listed(list(head.columns))}; try --label-column NAME")
+    with _readable(path):
+        frame = _read(path, [columns.unique_id, label], columns.unique_id, label)
+    ids = _ids(frame, path, columns)
+    told: dict[str, str] = {}
+    for name, value in zip(ids, frame[label].fillna("").astype(str).str.strip(), strict=True):
+        if value and told.setdefault(name, value) != value:
+            raise TableError(f"{path}: series {name!r} has two labels in {label!r}: {told[name]!r} and {value!r}")
+    if silent := set(ids) - set(told):
+        raise TableError(f"{path}: series {min(silent)!r} has no label in column {label!r}")
+    return told
+
+
 def _load(path: Path, columns: Columns) -> pd.DataFrame:
     """The columns that are asked for and there; the id's may be absent where one series is meant."""
     head = _head(path)
@@ -136,8 +155,8 @@ def _head(path: Path) -> pd.DataFrame:
             return _to_frame(pa.Table.from_batches(first, schema=file.schema_arrow))
 
 
-def _read(path: Path, wanted: list[str], as_written: str) -> pd.DataFrame:
-    """The wanted columns; `as_written` stays text, so that an id 007 does."""
+def _read(path: Path, wanted: list[str], *as_written: str) -> pd.DataFrame:
+    """The wanted columns; those `as_written` stay text, so that an id 007 does."""
     if _is_parquet(path):
         return _to_frame(pq.read_table(path, columns=wanted))
     # A row with a field too many (1,234 for 1234) must not pass. pandas refuses it only if all columns are read
@@ -147,9 +166,9 @@ def _read(path: Path, wanted: list[str], as_written: str) -> pd.DataFrame:
         frame = pd.read_csv(
             path,
             index_col=False,
-            dtype={as_written: str},
+            dtype=dict.fromkeys(as_written, str),
             keep_default_na=False,
-            na_values={name: MISSING for name in wanted if name != as_written},
+            na_values={name: MISSING for name in wanted if name not in as_written},
             low_memory=False,
         )
     return frame[wanted]

@@ -127,13 +127,16 @@ def replay(forecaster: Forecaster, series: Series, fit_stop: int) -> Replay:
 
 @dataclass(frozen=True)
 class Window:
-    """Steps start ... stop - 1 of a replay. Loss counts from step `counted` on, for truths before step `limit`."""
+    """Steps start ... stop - 1 of a replay. Loss counts at every `every`-th step from `counted` on, for truths before
+    step `limit`.
+    """
 
     replay: Replay
     start: int
     stop: int
     counted: int
     limit: int
+    every: int = 1
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,9 @@ def _padded(seen: Seen, steps: int) -> Seen:
 def _truths(window: Window, steps: int, horizon: int) -> Tensor:
     after = window.replay.values[window.start + 1 : min(window.stop + horizon, window.limit)]
     truths = pad(after, (0, steps + horizon - len(after)), value=torch.nan).unfold(0, horizon, 1)[:steps].clone()
-    truths[: window.counted - window.start] = torch.nan
-    truths[window.stop - window.start :] = torch.nan
+    counts = torch.zeros(steps, dtype=torch.bool)
+    counts[window.counted - window.start : window.stop - window.start : window.every] = True
+    truths[~counts] = torch.nan
     return truths
 
 
@@ -189,6 +193,8 @@ class WindowOptions:
     """The length of a window."""
     burn_in: int = 48
     """Its first steps, without loss: there the recurrence comes from zero to where it will be when served."""
+    loss_every: int = 3
+    """Of the steps after them, one in so many has a loss: what its neighbours would say, it says already."""
     batch_size: int = 32
     batches: int = 30
     """An epoch is so many batches, whatever the table: the time that a training takes is known beforehand."""
@@ -218,7 +224,7 @@ class RandomWindows(Sampler[list[Window]]):
             yield [self._window(random) for _ in range(self.options.batch_size)]
 
     def _window(self, random: np.random.Generator) -> Window:
-        steps, burn_in = self.options.steps, self.options.burn_in
+        steps, burn_in, every = self.options.steps, self.options.burn_in, self.options.loss_every
         if random.random() < COLD_SHARE:
             chosen = self.cold[int(random.integers(len(self.cold)))]
             start = 0
@@ -227,7 +233,8 @@ class RandomWindows(Sampler[list[Window]]):
             # Reaching as far before the first step as the burn-in does: so the first steps count as often as others.
             start = max(0, int(random.integers(-burn_in, max(chosen.fit_stop - steps, 0) + 1)))
         stop = min(start + steps, chosen.fit_stop)
-        return Window(chosen, start, stop, counted=start + burn_in if start else 0, limit=chosen.fit_stop)
+        counted = (start + burn_in if start else 0) + int(random.integers(every))  # else a season's phase might never
+        return Window(chosen, start, stop, counted, limit=chosen.fit_stop, every=every)
 
 
 def _weights(lengths: Sequence[int]) -> NDArray[np.float64]:

@@ -27,6 +27,8 @@ record by record or thousands at once, forecasts differ by the last digit writte
 all later ones of its stream by some 0.1."""
 ROUNDING = 1e-5
 """Of a stream's scale: forecasts are written in steps of at most that, so two that nearly agree may be one apart."""
+ANOMALY_ROUNDING = 2e-3
+"""The same of an anomaly score, which is written to three digits."""
 
 Line = tuple[int, str]
 """A partition and a stream in it: what has an order."""
@@ -35,13 +37,15 @@ State = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """A forecast, wanted or found. fields: all that the record says beside the quantiles, and its key.
+    """A forecast, wanted or found. fields: all that the record says beside these two numbers, and its key.
 
-    quantiles: float64[Q, H]. offset: of the observation it answers, if wanted; its own, if found. scale: the stream's.
+    quantiles: float64[Q, H]. anomaly: NaN where the record has none. offset: of the observation it answers, if wanted;
+    its own, if found. scale: the stream's.
     """
 
     fields: Mapping[str, Any]
     quantiles: NDArray[np.float64]
+    anomaly: float
     offset: int
     scale: float = math.nan
 
@@ -131,7 +135,8 @@ def _state(engine: Engine, stream: str) -> State | None:
 def _forecast(record: Record | Outgoing, offset: int) -> Forecast:
     fields = orjson.loads(record.value or b"")
     quantiles = np.array(list(fields.pop("quantiles").values()))
-    return Forecast({**fields, "key": record.key}, quantiles, offset)
+    anomaly = fields.pop("anomaly")
+    return Forecast({**fields, "key": record.key}, quantiles, math.nan if anomaly is None else anomaly, offset)
 
 
 def _letter(record: Record | Outgoing) -> Letter:
@@ -174,6 +179,8 @@ def _changed(want: Forecast, got: Forecast) -> str:
     for name, value in want.fields.items():
         if got.fields.get(name) != value:
             return f"offset {got.offset}: {got.name} has {name} {got.fields.get(name)!r}, not {value!r}"
+    if not np.isclose(got.anomaly, want.anomaly, rtol=0, atol=ANOMALY_ROUNDING, equal_nan=True):
+        return f"offset {got.offset}: {got.name} has anomaly {got.anomaly}, not {want.anomaly}"
     limit = (TOLERANCE + ROUNDING) * want.scale
     error = (
         float(np.abs(got.quantiles - want.quantiles).max()) if got.quantiles.shape == want.quantiles.shape else math.inf

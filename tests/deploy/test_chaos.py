@@ -196,7 +196,9 @@ def test_a_changed_quantile_is_found(scene: Scene, share: float) -> None:
         assert "of the stream's scale" in told
 
 
-@pytest.mark.parametrize(("field", "value"), [("observed", 12.5), ("status", "hot"), ("model", "another")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("observed", 12.5), ("status", "hot"), ("model", "another"), ("anomaly", 5.0)]
+)
 def test_a_changed_field_is_found(scene: Scene, field: str, value: Any) -> None:
     changed = [*scene.forecasts[:-1], with_fields(scene.forecasts[-1], **{field: value})]
     (told,) = scene.differences(forecasts=changed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.cells import GATES, Recurrence, lstm_cell, rnn_cell
+from model.cells import GATES, Recurrence, gru_cell, lstm_cell, rnn_cell
 
 PRECISIONS = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["double", "float"]
@@ -20,8 +20,8 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def weights_of(cell: nn.LSTMCell | nn.RNNCell) -> tuple[Tensor, Tensor, Tensor]:
-    return cell.weight_ih, cell.weight_hh, cell.bias_ih + cell.bias_hh
+def weights_of(cell: nn.LSTMCell | nn.GRUCell | nn.RNNCell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
 
 
 @PRECISIONS
@@ -45,14 +45,23 @@ def test_an_rnn_step_is_that_of_torch_and_leaves_c_alone(dtype: torch.dtype, tol
 
 
 @PRECISIONS
+def test_a_gru_step_is_that_of_torch_and_leaves_c_alone(dtype: torch.dtype, tolerance: float) -> None:
+    theirs = nn.GRUCell(5, 7, dtype=dtype)
+    x, h, c = torch.randn(3, 5, dtype=dtype), torch.randn(3, 7, dtype=dtype), torch.randn(3, 7, dtype=dtype)
+    ours = gru_cell(x, h, c, *weights_of(theirs))
+    torch.testing.assert_close(ours.h, theirs(x, h), atol=tolerance, rtol=0)
+    assert torch.equal(ours.c, c)
+
+
+@PRECISIONS
 @pytest.mark.parametrize("steps", [1, 2, 3, 17])
 @pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("cell", ["lstm", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_a_stack_of_layers_is_that_of_torch(
     cell: str, layers: int, steps: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     recurrence = Recurrence(cell, inputs=5, hidden_size=7, layers=layers).to(dtype)
-    theirs = {"lstm": nn.LSTM, "rnn": nn.RNN}[cell](5, 7, layers, batch_first=True, dtype=dtype)
+    theirs = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[cell](5, 7, layers, batch_first=True, dtype=dtype)
     theirs.load_state_dict(recurrence.fused.state_dict())
     x = torch.randn(4, steps, 5, dtype=dtype)
     h, c = torch.randn(4, layers, 7, dtype=dtype), torch.randn(4, layers, 7, dtype=dtype)
@@ -71,8 +80,9 @@ def test_a_stack_of_layers_is_that_of_torch(
 
 
 @pytest.mark.parametrize("steps", [2, 9])
-def test_the_gates_are_those_of_the_last_step_however_many_steps_there_are(steps: int) -> None:
-    recurrence = Recurrence("lstm", inputs=5, hidden_size=7, layers=2).double()
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_gates_are_those_of_the_last_step_however_many_steps_there_are(cell: str, steps: int) -> None:
+    recurrence = Recurrence(cell, inputs=5, hidden_size=7, layers=2).double()
     x = torch.randn(4, steps, 5, dtype=torch.float64)
     h, c = torch.randn(4, 2, 7, dtype=torch.float64), torch.randn(4, 2, 7, dtype=torch.float64)
     _, at_once = recurrence(x, h, c)
@@ -82,7 +92,7 @@ def test_the_gates_are_those_of_the_last_step_however_many_steps_there_are(steps
     torch.testing.assert_close(at_once.gates, one_by_one.gates, atol=1e-12, rtol=0)
 
 
-def test_the_gates_named_are_the_gates_of_the_equations() -> None:
+def test_the_gates_named_are_the_gates_of_an_lstms_equations() -> None:
     recurrence = Recurrence("lstm", inputs=5, hidden_size=7, layers=2).double()
     x = torch.randn(4, 1, 5, dtype=torch.float64)
     h, c = torch.randn(4, 2, 7, dtype=torch.float64), torch.randn(4, 2, 7, dtype=torch.float64)
@@ -90,6 +100,17 @@ def test_the_gates_named_are_the_gates_of_the_equations() -> None:
     gate = {name: state.gates[:, :, number] for number, name in enumerate(GATES["lstm"])}
     torch.testing.assert_close(state.c, gate["forget"] * c + gate["input"] * gate["candidate"], atol=1e-12, rtol=0)
     torch.testing.assert_close(state.h, gate["output"] * torch.tanh(state.c), atol=1e-12, rtol=0)
+
+
+def test_the_gates_named_are_the_gates_of_a_grus_equations() -> None:
+    recurrence = Recurrence("gru", inputs=5, hidden_size=7, layers=1).double()
+    x, h = torch.randn(4, 1, 5, dtype=torch.float64), torch.randn(4, 1, 7, dtype=torch.float64)
+    _, state = recurrence(x, h, torch.zeros_like(h))
+    gate = {name: state.gates[:, :, number] for number, name in enumerate(GATES["gru"])}
+    torch.testing.assert_close(state.h, gate["update"] * h + (1 - gate["update"]) * gate["candidate"])
+    w, u, b_w, b_u = (part[-7:] for part in recurrence.layer(0))  # the candidate's
+    candidate = torch.tanh(x[:, 0] @ w.T + b_w + gate["reset"][:, 0] * (h[:, 0] @ u.T + b_u))
+    torch.testing.assert_close(gate["candidate"][:, 0], candidate)
 
 
 def test_dropout_falls_between_layers_and_only_while_training() -> None:

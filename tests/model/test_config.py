@@ -47,7 +47,7 @@ FULL = ModelConfig(
         ("dropout", -0.1),
         ("dropout", 1.0),
         ("dropout", math.nan),
-        ("cell", "gru"),
+        ("cell", "transformer"),
         ("quantiles", ()),
         ("quantiles", (0.5, 0.1)),
         ("quantiles", (0.1, 0.1)),

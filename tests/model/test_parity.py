@@ -116,7 +116,7 @@ DAYTIME = Grid(step_ms=HOUR_MS, offset_ms=900_000, period=24, phases=tuple(range
 
 
 def configs(
-    cells: tuple[Cell, ...] = ("lstm", "rnn"), seasons: tuple[int, ...] = (1, 5, 24)
+    cells: tuple[Cell, ...] = ("lstm", "gru", "rnn"), seasons: tuple[int, ...] = (1, 5, 24)
 ) -> st.SearchStrategy[ModelConfig]:
     def build(
         cell: Cell, season: int, long: bool, covariates: tuple[str, ...], grid: Grid | None, layers: int, rank: int
@@ -252,7 +252,7 @@ def test_streams_that_advance_in_waves_are_forecast_as_if_each_were_alone(data: 
         assert_same_states(row, expected)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_a_stream_alone_is_forecast_as_among_999_others(cell: Cell) -> None:
     config = ModelConfig(season=5, horizon=7, covariates=("temperature",), cell=cell, hidden_size=8, rank=3)
     forecaster = random_forecaster(config)
@@ -266,7 +266,7 @@ def test_a_stream_alone_is_forecast_as_among_999_others(cell: Cell) -> None:
         assert_same_states({name: rows[one] for name, rows in crowd_state.items()}, state)
 
 
-@pytest.mark.parametrize(("cell", "steps"), [("lstm", 5000), ("rnn", 1000)])
+@pytest.mark.parametrize(("cell", "steps"), [("lstm", 5000), ("gru", 1000), ("rnn", 1000)])
 def test_thousands_of_steps_one_by_one_are_as_one_pass(cell: Cell, steps: int) -> None:
     """Long enough for rounding to pile up, if it could."""
     config = ModelConfig(grid=DAYTIME, season=5, horizon=3, cell=cell, hidden_size=8, layers=1, rank=3)

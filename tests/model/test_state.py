@@ -68,7 +68,7 @@ def test_a_state_that_lacks_a_tensor_is_refused() -> None:
         SCHEMA.check(rows)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_what_a_model_gives_back_is_of_the_schema_that_it_declares(cell: str, steps: int) -> None:
     forecaster = random_forecaster(ModelConfig(season=2, horizon=3, hidden_size=8, cell=cell))

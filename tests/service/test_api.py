@@ -128,6 +128,15 @@ class TestPredict:
         assert (answer["status"], answer["count"]) == ("warming", 2)
         assert ok(api.predict({"history": history(0, CONFIG.warmup)}))["status"] == "live"
 
+    def test_one_observation_is_answered_with_all_steps_of_the_horizon(self, api: Running) -> None:
+        """One-to-many: from a single value to what comes after it."""
+        told = ok(api.predict({"history": history(7, 8)}))
+        assert (told["count"], told["observed"], told["status"]) == (1, value_at(7), "warming")
+        assert {quantile: len(of) for quantile, of in told["quantiles"].items()} == {"0.1": 8, "0.5": 8, "0.9": 8}
+        assert told["timestamps"] == [time_at(8 + step) for step in range(8)]
+        other = ok(api.predict({"history": [{"ts": time_at(7), "value": 10 * value_at(7)}]}))
+        assert min(other["quantiles"]["0.5"]) > max(told["quantiles"]["0.5"])
+
     def test_a_history_without_any_value_is_answered(self, api: Running) -> None:
         answer = ok(api.predict({"history": [{"ts": EXAMPLE_TS_MS, "value": None}]}))
         assert answer["observed"] is None
@@ -255,10 +264,35 @@ class TestStreams:
         state = api.state(EXAMPLE_STREAM)
         detail = ok(api.client.get(f"/v1/streams/{EXAMPLE_STREAM}"))
         assert (detail["count"], detail["observed"]) == (SEEN, value_at(SEEN - 1))
-        scores = detail["scores"]
-        assert scores["mase"] == float(state["absolute_error"] / state["naive_error"])
-        assert scores["coverage"] == float(state["hits"] / state["scored"])
-        assert scores["pinball"] == float(state["pinball"] / state["scored"])
+        by_horizon = detail["scores"]["by_horizon"]
+        assert list(by_horizon) == ["1", "2", "4", "8"]
+        sums = [*state["scores"][0].tolist(), state["scores"][0].sum(0).tolist()]
+        for told, (scored, pinball, error, naive_error, hits) in zip(
+            [*by_horizon.values(), detail["scores"].pop("total")], sums, strict=True
+        ):
+            assert told["scored"] == scored > 0
+            assert told["mase"] == error / naive_error
+            assert told["coverage"] == hits / scored
+            assert told["pinball"] == pinball / scored
+        assert detail["scores"] | {"by_horizon": None} == by_horizon["1"] | {"by_horizon": None}
+
+    def test_how_odd_an_observation_was_is_told_wherever_it_is(self, api: Running) -> None:
+        anomaly = round(float(api.engine.follower.anomaly.score(api.state(EXAMPLE_STREAM))), 3)
+        assert anomaly >= 0
+        detail = ok(api.client.get(f"/v1/streams/{EXAMPLE_STREAM}"))
+        past = ok(api.client.get(f"/v1/streams/{EXAMPLE_STREAM}/history"))["observations"]
+        assert detail["anomaly"] == detail["forecast"]["anomaly"] == anomaly
+        assert past[-1]["anomaly"] == anomaly
+        assert past[0]["anomaly"] is None, "it was still warming"
+
+    def test_raw_quantiles_are_there_for_the_asking(self, api: Running) -> None:
+        state = api.state(EXAMPLE_STREAM)
+        told, raw = (ok(api.predict({"stream": EXAMPLE_STREAM, "raw": raw})) for raw in (False, True))
+        for answer, wanted in ((told, False), (raw, True)):
+            values = api.engine.follower.standing(state, raw=wanted).values[0].T
+            np.testing.assert_allclose(list(answer["quantiles"].values()), values, atol=1e-3)
+        assert told["quantiles"]["0.9"] != raw["quantiles"]["0.9"]
+        assert {**told, "quantiles": None} == {**raw, "quantiles": None}
 
     def test_the_state_is_opened_by_layer(self, api: Running) -> None:
         state = api.state(EXAMPLE_STREAM)
@@ -303,6 +337,14 @@ class TestStreams:
         assert ok(api.predict({"stream": "a", "horizon": 1}))["timestamps"] is None
         assert [layer["gates"] for layer in ok(api.client.get("/v1/streams/a/state"))["layers"]] == [{}, {}]
         check_against_schema(api, "get", "/v1/streams/{stream}/state", api.client.get("/v1/streams/a/state"))
+
+    def test_a_gru_is_opened_by_the_names_of_its_own_gates(self, start: Start) -> None:
+        api = start(ModelConfig(season=1, horizon=2, quantiles=(0.5,), cell="gru", hidden_size=4, layers=1))
+        api.feed([record("a", EXAMPLE_TS_MS, 1.0)])
+        (layer,) = ok(api.client.get("/v1/streams/a/state"))["layers"]
+        assert list(layer["gates"]) == ["reset", "update", "candidate"]
+        assert layer["gates"]["update"] == api.state("a")["gates"][0, 0, 1].tolist()
+        assert layer["c"] == [0.0] * 4
 
 
 BAD_FIELDS: list[tuple[dict[str, Any] | str, list[str | int]]] = [

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from model.bundle import Bundle, load_bundle
 from model.features import Block
+from model.follow import Follower
 from model.grid import Grid
 from model.network import Forecaster
 from service.engine import Engine
@@ -64,8 +65,9 @@ def at_once(forecaster: Forecaster, values: dict[int, float | None]) -> tuple[np
         series[0, hour - hours[0]] = math.nan if value is None else value
     ts_ms = START_MS + HOUR_MS * torch.arange(hours[0], hours[-1] + 1)[None]
     block = Block(series, ts_ms, torch.zeros(*series.shape, 0, dtype=torch.float64))
-    forecast, _ = forecaster.advance(forecaster.initial_state(1), block, last=1)
-    return forecast.values[0, 0].numpy(), float(forecast.scale[0, 0])
+    follower = Follower(forecaster)
+    forecast = follower.standing(follower.advance(follower.schema.initial(1), block).rows)
+    return forecast.values[0].numpy(), float(forecast.scale[0])
 
 
 def some_series(seed: int) -> dict[int, float | None]:
@@ -118,7 +120,7 @@ def test_a_stream_among_999_others_is_forecast_as_if_alone(bundle: Bundle) -> No
 def test_a_forecast_says_all_that_its_reader_needs(bundle: Bundle) -> None:
     forecast = forecasts(engine_of(bundle).process(hourly("a/b", {0: 5.0, 1: None})))[-1]
     assert set(forecast) == {
-        "stream", "ts", "slot", "step_ms", "model", "count", "observed", "quantiles", "status",
+        "stream", "ts", "slot", "step_ms", "model", "count", "observed", "anomaly", "quantiles", "status",
     }  # fmt: skip
     assert (forecast["stream"], forecast["ts"], forecast["step_ms"]) == ("a/b", START_MS + HOUR_MS, HOUR_MS)
     assert forecast["slot"] * HOUR_MS == forecast["ts"]
@@ -251,17 +253,46 @@ def test_live_scores_tell_how_good_the_open_forecasts_were(bundle: Bundle) -> No
     random = np.random.default_rng(3)
     values = {hour: float(10 + 5 * math.sin(hour / 4) + random.normal()) for hour in range(300)}
     said = forecasts(engine.process(hourly("a", values)))
-    state = {
-        name: tensor[0].item() for name, tensor in engine.arena.gather(torch.tensor([0])).items() if tensor.ndim == 1
-    }
-    errors, naive = [], []
-    for hour in range(48, 300):
-        errors.append(abs(values[hour] - said[hour - 1]["quantiles"]["0.5"][0]))
-        naive.append(abs(values[hour] - values[hour - 24]))
-    weights = (1 - 1 / 500) ** np.arange(len(errors) - 1, -1, -1)
-    assert state["scored"] == pytest.approx(weights.sum())
-    assert state["absolute_error"] == pytest.approx(np.dot(weights, errors), rel=1e-4)
-    assert state["naive_error"] == pytest.approx(np.dot(weights, naive), rel=1e-9)
+    scores = engine.arena.gather(torch.tensor([0]))["scores"][0]
+    for line, ahead in enumerate(engine.follower.horizons):
+        hours = range(47 + ahead, 300)
+        errors = [abs(values[hour] - said[hour - ahead]["quantiles"]["0.5"][ahead - 1]) for hour in hours]
+        naive = [abs(values[hour] - values[hour - 24]) for hour in hours]
+        weights = (1 - 1 / 500) ** np.arange(len(hours) - 1, -1, -1)
+        scored, _, absolute_error, naive_error, _ = scores[line].tolist()
+        assert scored == pytest.approx(weights.sum())
+        assert absolute_error == pytest.approx(np.dot(weights, errors), rel=1e-4)
+        assert naive_error == pytest.approx(np.dot(weights, naive), rel=1e-9)
+        told = {"horizon": str(ahead)}
+        found = engine.metrics.registry.get_sample_value
+        assert found("carousel_intervals_scored_total", {**told, "level": "0.8"}) == len(hours)
+        assert found("carousel_forecast_error_total", told) == pytest.approx(sum(errors), rel=1e-4)
+        assert found("carousel_forecast_naive_error_total", told) == pytest.approx(sum(naive))
+
+
+def test_each_observation_is_told_how_odd_it_was(bundle: Bundle) -> None:
+    engine = engine_of(bundle)
+    random = np.random.default_rng(4)
+    values: dict[int, float | None] = {hour: float(10 + random.normal()) for hour in range(200)}
+    values |= {150: None, 180: 1_000.0}
+    said = [forecast["anomaly"] for forecast in forecasts(engine.process(hourly("a", values)))]
+    assert said[:48] == [None] * 48, "while warming nobody can say"
+    assert said[150] is None
+    known = np.array([said[hour] for hour in range(48, 180) if hour != 150])
+    assert (known >= 0).all()
+    assert said[180] > 3 > np.quantile(known, 0.9)
+    found = engine.metrics.registry.get_sample_value
+    assert found("carousel_anomaly_score_count") == 200 - 48 - 1
+    assert found("carousel_anomaly_score_sum") == pytest.approx(sum(s for s in said if s is not None), abs=0.1)
+
+
+def test_calibration_can_be_switched_off(bundle: Bundle) -> None:
+    records = hourly("a", {hour: float(10 + hour % 24 + hour % 7) for hour in range(120)})
+    on, off = (forecasts(engine_of(bundle, intervals=each).process(records)) for each in ("calibrated", "raw"))
+    for one, other in zip(on[:48], off[:48], strict=True):
+        assert one["quantiles"] == other["quantiles"], "it learns from warm streams' forecasts only"
+    assert on[-1]["quantiles"]["0.5"] == off[-1]["quantiles"]["0.5"]
+    assert on[-1]["quantiles"]["0.9"] != off[-1]["quantiles"]["0.9"]
 
 
 def test_a_replay_passes_over_what_a_stream_has_behind_it(bundle: Bundle) -> None:

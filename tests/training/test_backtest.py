@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from rich.console import Console
 
-from model.bundle import Bundle, save_bundle
+from model.follow import Follower
 from model.network import Forecaster
 from tests.training.synthetic import SEASON, forecaster, series
 from training import backtest as backtest_module
-from training.backtest import CAROUSEL, NAIVE, Backtest, backtest, run
+from training.backtest import CAROUSEL, NAIVE, RAW, Backtest, backtest
 from training.series import Series
-from training.table import Columns, TableError
+from training.table import TableError
 from training.windows import block_of, cut
 
 LENGTHS = (90, 61, 90, 33)
@@ -47,12 +45,13 @@ def rows_of(result: Backtest, name: str) -> torch.Tensor:
     return (result.of == result.ids.index(name)).nonzero()[:, 0]
 
 
-def live(model: Forecaster, each: Series) -> list[torch.Tensor]:
-    """The forecasts [H, Q] of a stream fed one observation at a time, after each of them."""
-    state, forecasts = model.initial_state(1), []
+def live(model: Forecaster, each: Series, *, raw: bool = False) -> list[torch.Tensor]:
+    """The forecasts [H, Q] of a stream fed one observation at a time, as they stand open after each of them."""
+    follower = Follower(model)
+    state, forecasts = follower.schema.initial(1), []
     for step in range(len(each.y)):
-        forecast, state = model.advance(state, block_of([cut(each, step, step + 1)]))
-        forecasts.append(forecast.values[0, 0])
+        state = follower.advance(state, block_of([cut(each, step, step + 1)])).rows
+        forecasts.append(follower.standing(state, raw=raw).values[0])
     return forecasts
 
 
@@ -60,12 +59,13 @@ def test_forecasts_are_those_of_a_stream_fed_one_by_one(model: Forecaster) -> No
     many = table()
     result = backtest(model, many, starts(many), every=3)
     for each in many:
-        forecasts = live(model, each)
+        forecasts, raw = live(model, each), live(model, each, raw=True)
         rows = rows_of(result, each.unique_id)
         assert len(rows) >= 5
         for row in rows:
             step = int(np.flatnonzero(each.ts_ms == result.origin_ms[row].item())[0])
             torch.testing.assert_close(result.quantiles[CAROUSEL][row], forecasts[step], rtol=0, atol=1e-4)
+            torch.testing.assert_close(result.quantiles[RAW][row], raw[step], rtol=0, atol=1e-4)
             np.testing.assert_array_equal(result.truth[row].numpy(), each.y[step + 1 : step + 5])
 
 
@@ -78,7 +78,7 @@ def test_memory_bounds_change_no_forecast(
     monkeypatch.setattr(backtest_module, "BLOCK_NUMBERS", block)
     monkeypatch.setattr(backtest_module, "GROUP_STREAMS", group)
     in_pieces = backtest(model, many, starts(many), every=1)
-    for method in (CAROUSEL, NAIVE):
+    for method in (CAROUSEL, RAW, NAIVE):
         torch.testing.assert_close(in_pieces.quantiles[method], at_once.quantiles[method], rtol=0, atol=1e-4)
     assert torch.equal(in_pieces.origin_ms, at_once.origin_ms)
 
@@ -134,19 +134,17 @@ def test_what_is_forecast_sets_no_scale(model: Forecaster) -> None:
     assert torch.equal(clean.quantiles[NAIVE][0], changed.quantiles[NAIVE][0])
 
 
-def test_scores_overall_by_step_and_by_series_agree(model: Forecaster) -> None:
+def test_some_of_the_origins_are_a_backtest_too(model: Forecaster) -> None:
     many = table()
-    result = backtest(model, many, starts(many), every=1)
-    total = result.scores()[CAROUSEL]
-    error = (result.quantiles[CAROUSEL][..., 1] - result.truth).abs() / result.naive_mae[:, None]
-    assert total.mase == pytest.approx(float(error.nanmean()))
-    parts = [row[CAROUSEL] for row in result.scores_by_step()]
-    assert len(parts) == 4
-    assert sum(part.count * part.mase for part in parts) / total.count == pytest.approx(total.mase)
-    by_series = result.scores_by_series()
-    assert set(by_series) == {each.unique_id for each in many}
-    parts = [row[CAROUSEL] for row in by_series.values()]
-    assert sum(part.count * part.coverage for part in parts) / total.count == pytest.approx(total.coverage)
+    whole = backtest(model, many, starts(many), every=3)
+    rows = rows_of(whole, many[2].unique_id)
+    part = whole.at(rows)
+    assert list(part.ids) == [many[2].unique_id]
+    assert part.of.tolist() == [0] * len(rows)
+    assert torch.equal(part.origin_ms, whole.origin_ms[rows])
+    for method in (CAROUSEL, NAIVE):
+        assert torch.equal(part.quantiles[method], whole.quantiles[method][rows])
+    assert part.scores()[CAROUSEL].count == len(rows) * 4
 
 
 def test_forecasts_are_written_as_a_long_table(model: Forecaster, tmp_path: Path) -> None:
@@ -172,54 +170,13 @@ def test_a_series_broken_in_two_is_scored_as_one(model: Forecaster) -> None:
     parts = [cut(whole, 0, 90), cut(whole, 90, 180)]
     result = backtest(model, parts, starts(parts), every=1)
     assert result.ids == ["a"]
-    assert result.scores_by_series()["a"] == result.scores()
+    assert set(result.of.tolist()) == {0}
 
 
 def test_nothing_to_forecast_is_said_in_one_line(model: Forecaster) -> None:
     with pytest.raises(TableError, match=r"no series holds 4 steps .* the longest has 90 in all") as caught:
         backtest(model, [series(90)], [88], 1)
     assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def bundle(model: Forecaster, tmp_path: Path) -> Bundle:
-    return save_bundle(tmp_path / "bundle", model, name="tiny", training={"test_steps": 16}, scores={})
-
-
-@pytest.fixture
-def csv(tmp_path: Path) -> Path:
-    frames = [
-        pd.DataFrame({"id": each.unique_id, "ds": pd.to_datetime(each.ts_ms, unit="ms"), "y": each.y})
-        for each in (series(90, 0), series(80, 1))
-    ]
-    pd.concat(frames).to_csv(tmp_path / "load.csv", index=False)
-    return tmp_path / "load.csv"
-
-
-def test_the_command_forecasts_what_was_held_back_and_prints_it(bundle: Bundle, csv: Path, tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=120)
-    file = tmp_path / "forecasts.parquet"
-    result = run(bundle, csv, Columns(unique_id="id"), forecasts=file, console=console)
-    assert len(result.of) == 2 * (16 - 4 + 1)
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"tiny-{bundle.weights_sha256[:8]}: 26 forecasts" in printed
-    for words in (CAROUSEL, NAIVE, "s0", "s1", "step ahead", f"{result.scores()[CAROUSEL].wql:.4f}"):
-        assert words in printed
-    assert len(pd.read_parquet(file)) == 26 * 4
-
-
-def test_the_command_takes_last_and_every(bundle: Bundle, csv: Path) -> None:
-    console = Console(file=io.StringIO())
-    result = run(bundle, csv, Columns(unique_id="id"), last=30, every=9, console=console)
-    assert len(result.of) == 2 * 3
-    whole = run(bundle, csv, Columns(unique_id="id"), last=10_000, every=1, console=console)
-    assert len(whole.of) == 90 + 80 - 2 * 4, "from the first observation on, where there are no more"
-
-
-def test_a_table_without_the_models_covariates_is_refused(csv: Path, tmp_path: Path) -> None:
-    heated = save_bundle(tmp_path / "heated", forecaster(covariates=("heat",)), name="h", training={}, scores={})
-    with pytest.raises(TableError, match="heat"):
-        run(heated, csv, Columns(unique_id="id"))
 
 
 def test_one_series_of_constants_has_no_mase_but_a_forecast(model: Forecaster) -> None:

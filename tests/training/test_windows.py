@@ -131,8 +131,19 @@ def test_truths_are_the_values_after_each_step(model: Forecaster) -> None:
 
 def test_only_a_window_at_the_beginning_counts_from_its_first_step(model: Forecaster) -> None:
     windows = [each for batch in _drawn(data(model, table()), 0) for each in batch]
-    assert {each.counted - each.start for each in windows if each.start == 0} == {0}
-    assert {each.counted - each.start for each in windows if each.start > 0} == {OPTIONS.burn_in}
+    phases = {0, 1, 2}
+    assert {each.counted - each.start for each in windows if each.start == 0} <= phases
+    assert {each.counted - each.start - OPTIONS.burn_in for each in windows if each.start > 0} == phases
+
+
+def test_one_step_in_three_counts_and_each_comes_up(model: Forecaster) -> None:
+    one = series(LENGTH, 0, covariates=1)
+    windows = data(model, [one])
+    batch = gather([Window(windows.replays[0], 40, 60, counted=41, limit=130, every=3)], horizon=4)
+    assert (~batch.truths[0].isnan()).any(-1).nonzero()[:, 0].tolist() == [1, 4, 7, 10, 13, 16, 19]
+    drawn = [each for batch in _drawn(windows, 0) for each in batch if each.start > 0]
+    assert {each.every for each in drawn} == {3}
+    assert {each.counted % 3 for each in drawn} == {0, 1, 2}, "or a phase of a season of 3 n steps would never count"
 
 
 def test_some_windows_start_afresh_in_the_midst_of_the_history(model: Forecaster) -> None:
