@@ -172,7 +172,7 @@ def train(prepared: Prepared, config: TrainConfig, callbacks: Sequence[Callback]
 
 
 def finish(prepared: Prepared, trained: Trained, config: TrainConfig, more: Mapping[str, Any] | None = None) -> Bundle:
-    """Fit the regression to stand beside it, backtest both and write the bundle. more: what else there is to tell of its training."""
+    """Fit the regression beside what was trained, backtest and write the bundle. more: what else to tell of it."""
     series, split, forecaster = prepared.series, prepared.split, trained.forecaster
     with _threads(config.threads):
         share = fit_regression(forecaster, series, split, config.seed)
