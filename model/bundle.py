@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.errors import CarouselError
 from model.network import Forecaster
 
-FORMAT = 1
+FORMAT = 2
 FORECASTER, CLASSIFIER = "forecaster", "classifier"
 """The kinds of models; a bundle that names none is a forecaster."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

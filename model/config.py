@@ -43,6 +43,8 @@ class ModelConfig:
     """Between layers and before the head, while training only."""
     yearly: bool = True
     """Whether it looks at the time of year. Who has seen no two years would only learn dates by heart."""
+    rank: int = 0
+    """r: how many coefficients of the regression each stream finds for itself."""
     max_gap: int = 0
     """Missing steps that are bridged; a longer gap starts the stream afresh. 0: found from the season."""
 
@@ -52,6 +54,7 @@ class ModelConfig:
             ("horizon", 1, 1024),
             ("hidden_size", 1, 4096),
             ("layers", 1, 16),
+            ("rank", 0, 32),
             ("max_gap", 0, 1_000_000),
         ):
             value = getattr(self, name)
@@ -74,6 +77,11 @@ class ModelConfig:
     def context(self) -> int:
         """How many recent values a stream remembers as they were: a week of hours, seven seasons or 32 steps."""
         return max(self.season, min(7 * self.season, 168), 32)
+
+    @property
+    def past(self) -> int:
+        """How many recent values a stream keeps: its context and, where the regression learns, that of H steps ago."""
+        return self.context + (self.horizon if self.rank else 0)
 
     @property
     def memory(self) -> int:

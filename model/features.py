@@ -50,7 +50,8 @@ class Seen:
     """What the network sees of B streams at T steps.
 
     inputs [B, T, F] float32: what goes into the recurrence. filled [B, L + T] float64: the values with holes filled
-    by the season before, and the L before them. level, scale [B, T] float64: the units that a step thinks in.
+    by the season before, and the L (`ModelConfig.past`) before them. level, scale [B, T] float64: the units that a
+    step thinks in.
     """
 
     inputs: Tensor
@@ -60,13 +61,18 @@ class Seen:
 
     def steps(self, start: int, stop: int) -> Self:
         """The steps start ... stop - 1 alone."""
-        context = self.filled.shape[1] - self.level.shape[1]
+        past = self.filled.shape[1] - self.level.shape[1]
         return type(self)(
             self.inputs[:, start:stop],
-            self.filled[:, start : stop + context],
+            self.filled[:, start : stop + past],
             self.level[:, start:stop],
             self.scale[:, start:stop],
         )
+
+    def windows(self, length: int, ago: int = 0) -> Tensor:
+        """The last `length` values as they stood at each step, or `ago` steps before it. -> [B, T, length] float64."""
+        stop = self.filled.shape[1] - ago
+        return self.filled[:, stop - self.level.shape[1] - length + 1 : stop].unfold(1, length, 1)
 
 
 def fill_from_season(before: Tensor, values: Tensor, season: int) -> Tensor:
@@ -144,7 +150,7 @@ class Features(nn.Module):
         self.register_buffer("covariate_std", torch.ones(known, dtype=torch.float64))
         self.inputs = 13 + 2 * known
         self.schema = (
-            TensorSpec("values", (config.context,), torch.float64, math.nan),
+            TensorSpec("values", (config.past,), torch.float64, math.nan),
             TensorSpec("steps", (), torch.int64),
             TensorSpec("gap", (), torch.int64),
             TensorSpec("weight", (), torch.float64),
@@ -156,10 +162,10 @@ class Features(nn.Module):
 
     def forward(self, state: Rows, block: Block) -> tuple[Seen, Rows]:
         """What the network sees of `block` after `state`, and the rows of this part after it."""
-        context, season = self.config.context, self.config.season
+        past, season = self.config.past, self.config.season
         values, observed = block.values, ~block.values.isnan()
         filled = torch.cat((state["values"], fill_from_season(state["values"], values, season)), dim=1)
-        naive = filled[:, context - season : -season]  # the value a season before each step
+        naive = filled[:, past - season : -season]  # the value a season before each step
         naive_error = (values - naive).abs()
 
         keep = 1 - observed.double() / self.config.memory
@@ -181,7 +187,7 @@ class Features(nn.Module):
 
         steps = state["steps"][:, None] + torch.arange(1, block.steps + 1)
         gap = steps_since(state["gap"], observed)
-        ahead = filled[:, context - season + 1 : filled.shape[1] - season + 1]  # a season before the next step
+        ahead = filled[:, past - season + 1 : filled.shape[1] - season + 1]  # a season before the next step
         scalars = torch.stack(
             (
                 scaled(values, level, scale),
@@ -198,7 +204,7 @@ class Features(nn.Module):
         covariates = torch.cat((known.nan_to_num(0.0).clamp(-CLIP, CLIP), known.isnan()), dim=-1).float()
         inputs = torch.cat((scalars, calendar(block.ts_ms, yearly=self.config.yearly), covariates), dim=-1)
         after = {
-            "values": filled[:, -context:],
+            "values": filled[:, -past:],
             "steps": steps[:, -1],
             "gap": gap[:, -1],
             "weight": weight[:, -1],
@@ -219,5 +225,4 @@ class Features(nn.Module):
 
     def recent(self, seen: Seen) -> Tensor:
         """The last L values at each step, in its own units. -> [B, T, L] float32."""
-        windows = seen.filled[:, 1:].unfold(1, self.config.context, 1)
-        return scaled(windows, seen.level[..., None], seen.scale[..., None])
+        return scaled(seen.windows(self.config.context), seen.level[..., None], seen.scale[..., None])

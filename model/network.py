@@ -2,7 +2,8 @@
 
 A forecast is the seasonal naive one, corrected: the recurrence's h_t and a linear look at the recent values give
 H x Q quantiles of what the naive forecast will miss, in the stream's own scale. There is a forecast at every step
-(forking sequences, as in the MQ-RNN of Wen et al. 2017), so no step ever waits for a decoder.
+(forking sequences, as in the MQ-RNN of Wen et al. 2017), so no step ever waits for a decoder. That is the network's
+forecast, and what is trained; what is served is its mean, quantile by quantile, with a linear regression's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from model.cells import GATES, CellState, Recurrence
 from model.config import ModelConfig
 from model.features import Block, Features, Seen, scaled
 from model.quantiles import OrderedQuantiles
+from model.regression import Regression
 from model.state import Rows, Schema, TensorSpec
 
 
@@ -52,10 +54,12 @@ class Forecaster(nn.Module):
         self.shortcut = nn.Linear(config.context + config.horizon, config.horizon)
         nn.init.zeros_(self.shortcut.weight)  # an untrained model is the seasonal naive one
         nn.init.zeros_(self.shortcut.bias)
+        self.regression = Regression(config)
         layers, hidden = config.layers, config.hidden_size
         self.schema = Schema(
             (
                 *self.features.schema,
+                *self.regression.schema,
                 TensorSpec("h", (layers, hidden), torch.float32),
                 TensorSpec("c", (layers, hidden), torch.float32),
                 # For those who look inside; half precision is more than an eye can tell.
@@ -85,8 +89,10 @@ class Forecaster(nn.Module):
         outputs, recurrent = self.recur(seen, state)
         first = block.steps - last if last else 0
         forecast = self.forecast(seen.steps(first, block.steps), outputs[:, first:])
+        forecast, learnt = self.blend(forecast, state, seen, block)
         return forecast, {
             **after,
+            **learnt,
             "h": recurrent.h,
             "c": recurrent.c,
             "gates": recurrent.gates.half(),
@@ -100,11 +106,28 @@ class Forecaster(nn.Module):
         return self.recurrence(seen.inputs, state["h"], state["c"])  # type: ignore[no-any-return]
 
     def forecast(self, seen: Seen, outputs: Tensor) -> Forecast:
-        """The forecasts at T steps from what was seen and the recurrence's outputs [B, T, hidden]."""
+        """The network's own forecasts at T steps from what was seen and the recurrence's outputs [B, T, hidden]."""
         base = self.features.base(seen)
         curve = scaled(base, seen.level[..., None], seen.scale[..., None])
         location = self.shortcut(torch.cat((self.features.recent(seen), curve), dim=-1))
         return Forecast(base, seen.scale, self.head(self.dropout(outputs), location))
+
+    def blend(self, forecast: Forecast, state: Rows, seen: Seen, block: Block) -> tuple[Forecast, Rows]:
+        """The network's forecasts at the last steps of a block blended with the regression's, and the rows of that.
+
+        Both are quantiles in increasing order, so their mean is. A stream that has not filled its context yet is the
+        network's alone: the regression was fitted to whole ones.
+        """
+        regression = self.regression
+        if not regression.share > 0:  # not fitted, or of no use
+            return forecast, {spec.name: state[spec.name].clone() for spec in regression.schema}
+        first = block.steps - forecast.scale.shape[1]
+        ahead, learnt = regression(state, seen, block, first)
+        location = ((ahead - forecast.base) / forecast.scale[..., None]).float()
+        steps = state["steps"][:, None] + torch.arange(first + 1, block.steps + 1)
+        share = (regression.share * (steps >= self.config.context))[..., None, None]
+        offsets = (1 - share) * forecast.offsets + share * (location[..., None] + regression.spread)
+        return Forecast(forecast.base, forecast.scale, offsets), learnt
 
     def _check(self, state: Rows, block: Block) -> None:
         streams, known = state["h"].shape[0], len(self.config.covariates)

@@ -44,6 +44,7 @@ from model.network import Forecaster
 from model.scoring import Scores
 from training.backtest import backtest, summary
 from training.module import TrainingModule
+from training.regression import fit_regression, rank_of
 from training.series import Series, infer_grid, infer_season, parse_step, to_grid
 from training.table import Columns, Observed, read_table
 from training.windows import Split, WindowData, WindowOptions, cut, find_split
@@ -172,9 +173,10 @@ def train(prepared: Prepared, config: TrainConfig, callbacks: Sequence[Callback]
 
 
 def finish(prepared: Prepared, trained: Trained, config: TrainConfig, more: Mapping[str, Any] | None = None) -> Bundle:
-    """Backtest what was trained and write its bundle. more: what else there is to tell of its training."""
+    """Fit the regression beside what was trained, backtest and write the bundle. more: what else to tell of it."""
     series, split, forecaster = prepared.series, prepared.split, trained.forecaster
     with _threads(config.threads):
+        share = fit_regression(forecaster, series, split, config.seed)
         result = backtest(forecaster, series, [split.test_start(len(each.y)) for each in series])
     seconds = time.monotonic() - prepared.started_s
     bundle = save_bundle(
@@ -187,6 +189,7 @@ def finish(prepared: Prepared, trained: Trained, config: TrainConfig, more: Mapp
             "observations": sum(int((~np.isnan(each.y)).sum()) for each in series),
             "test_steps": split.test,
             "epochs": trained.epochs,
+            "regression_share": share,
             "seconds": round(seconds, 1),
             **options(config),
             **(more or {}),
@@ -249,6 +252,8 @@ def _plan(
         raise TrainError(str(error)) from error
     series = to_grid(observed, grid, model_config.max_gap)
     split = find_split([len(each.y) for each in series], config.horizon, config.test_steps)
+    rank = rank_of(model_config, [split.fit_stop(len(each.y)) for each in series])
+    model_config = dataclasses.replace(model_config, rank=rank)
     _check(series, split, config.horizon)
     yearly = any(_span_ms(each, split) >= 2 * YEAR_MS for each in series)
     model_config = dataclasses.replace(model_config, yearly=yearly)

@@ -24,7 +24,9 @@ def seeded(max_examples: int) -> settings:
 
 @functools.cache
 def random_forecaster(config: ModelConfig, seed: int = 0, gain: float = 1.0) -> Forecaster:
-    """A model with random weights everywhere, also where an untrained one has zeros; all of them times `gain`."""
+    """A model with random weights everywhere, also where an untrained one has zeros; all of them times `gain`. With a
+    rank, its regression takes part.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         forecaster = Forecaster(config)
@@ -34,6 +36,10 @@ def random_forecaster(config: ModelConfig, seed: int = 0, gain: float = 1.0) -> 
             weights.mul_(gain)
         forecaster.features.covariate_mean.normal_()
         forecaster.features.covariate_std.uniform_(0.5, 2.0)
+        if config.rank:
+            forecaster.regression.maps.normal_(std=0.1)
+            forecaster.regression.spread.copy_(torch.tensor(config.quantiles) - 0.5)
+            forecaster.regression.share.fill_(0.4)
     return forecaster.eval()
 
 

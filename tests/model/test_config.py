@@ -22,6 +22,7 @@ FULL = ModelConfig(
     hidden_size=32,
     layers=3,
     dropout=0.25,
+    rank=4,
     max_gap=100,
 )
 
@@ -39,6 +40,8 @@ FULL = ModelConfig(
         ("hidden_size", 4097),
         ("layers", 0),
         ("layers", 17),
+        ("rank", -1),
+        ("rank", 33),
         ("max_gap", -1),
         ("max_gap", 1_000_001),
         ("dropout", -0.1),

@@ -119,7 +119,7 @@ def configs(
     cells: tuple[Cell, ...] = ("lstm", "gru", "rnn"), seasons: tuple[int, ...] = (1, 5, 24)
 ) -> st.SearchStrategy[ModelConfig]:
     def build(
-        cell: Cell, season: int, long: bool, covariates: tuple[str, ...], grid: Grid | None, layers: int
+        cell: Cell, season: int, long: bool, covariates: tuple[str, ...], grid: Grid | None, layers: int, rank: int
     ) -> ModelConfig:
         return ModelConfig(
             grid=grid,
@@ -130,6 +130,7 @@ def configs(
             cell=cell,
             hidden_size=8,
             layers=layers,
+            rank=rank,
         )
 
     return st.builds(
@@ -138,8 +139,9 @@ def configs(
         st.sampled_from(seasons),
         st.booleans(),
         st.sampled_from([(), ("temperature", "holiday")]),
-        st.sampled_from([None, DAYTIME]),
+        st.sampled_from([None, DAYTIME, Grid(HOUR_MS)]),
         st.sampled_from([2, 1]),
+        st.sampled_from([0, 3]),
     )
 
 
@@ -168,6 +170,10 @@ def assert_same_states(ours: Rows, theirs: Rows) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
     for name in ("weight", "naive_weight", "scale"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=TOLERANCE, atol=0)
+    for name in {"gram", "moment"} & ours.keys():
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=TOLERANCE, atol=TOLERANCE * (1 + theirs[name].abs().max())
+        )
     scale, weight = theirs["scale"], theirs["weight"].clamp_min(1)
     for name in ("value_sum", "deviation_sum", "naive_sum"):
         assert (ours[name] - theirs[name]).div(scale * weight).abs().max() <= TOLERANCE, name
@@ -248,7 +254,7 @@ def test_streams_that_advance_in_waves_are_forecast_as_if_each_were_alone(data: 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_a_stream_alone_is_forecast_as_among_999_others(cell: Cell) -> None:
-    config = ModelConfig(season=5, horizon=7, covariates=("temperature",), cell=cell, hidden_size=8)
+    config = ModelConfig(season=5, horizon=7, covariates=("temperature",), cell=cell, hidden_size=8, rank=3)
     forecaster = random_forecaster(config)
     kinds = [(KINDS[number % len(KINDS)], GAPS[number % len(GAPS)]) for number in range(1000)]
     block = make_block(config, 1, kinds, steps=30)
@@ -263,7 +269,7 @@ def test_a_stream_alone_is_forecast_as_among_999_others(cell: Cell) -> None:
 @pytest.mark.parametrize(("cell", "steps"), [("lstm", 5000), ("gru", 1000), ("rnn", 1000)])
 def test_thousands_of_steps_one_by_one_are_as_one_pass(cell: Cell, steps: int) -> None:
     """Long enough for rounding to pile up, if it could."""
-    config = ModelConfig(grid=DAYTIME, season=5, horizon=3, cell=cell, hidden_size=8, layers=1)
+    config = ModelConfig(grid=DAYTIME, season=5, horizon=3, cell=cell, hidden_size=8, layers=1, rank=3)
     forecaster = random_forecaster(config)
     block = make_block(config, 1, [(kind, scattered) for kind in KINDS], steps=steps)
     forecast, state = in_parts(forecaster, block, list(range(1, steps)))
@@ -276,7 +282,9 @@ def test_thousands_of_steps_one_by_one_are_as_one_pass(cell: Cell, steps: int) -
 
 
 def random_bundle(directory: Path) -> Path:
-    save_bundle(directory, random_forecaster(ModelConfig(season=24, horizon=12)), name="random", training={}, scores={})
+    save_bundle(
+        directory, random_forecaster(ModelConfig(season=24, horizon=12, rank=3)), name="random", training={}, scores={}
+    )
     return directory
 
 

@@ -81,6 +81,7 @@ def test_the_bundle_says_how_it_came_to_be_and_nothing_of_this_machine(tmp_path:
     told = bundle.training
     assert (told["table"], told["series"], told["observations"]) == ("load.csv", 3, 2 * LENGTH + 60)
     assert (told["seed"], told["epochs"], told["test_steps"]) == (7, 3, 40)
+    assert told["regression_share"] == pytest.approx(bundle.forecaster.regression.share.item())
     assert str(tmp_path) not in (out / "config.json").read_text() + (out / "README.md").read_text()
     assert bundle.scores == made.scores
 
