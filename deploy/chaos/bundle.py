@@ -24,9 +24,12 @@ def random_bundle(directory: Path, **config: Any) -> Path:
         "horizon": 6,
         "hidden_size": 16,
         "quantiles": (0.1, 0.5, 0.9),
+        "rank": 2,
     } | config
     forecaster = Forecaster(ModelConfig(**shape))
     for parameter in forecaster.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.normal_(forecaster.regression.maps, std=0.05)
+    forecaster.regression.share.fill_(0.4)
     save_bundle(directory, forecaster, name="random", training={}, scores={})
     return directory
