@@ -49,6 +49,9 @@ class Forecaster(nn.Module):
         self.recurrence = Recurrence(
             config.cell, self.features.inputs, config.hidden_size, config.layers, config.dropout
         )
+        # Where the recurrence begins with a stream never heard before; learned as all else is.
+        self.first_h = nn.Parameter(torch.zeros(config.layers, config.hidden_size))
+        self.first_c = nn.Parameter(torch.zeros(config.layers, config.hidden_size))
         self.dropout = nn.Dropout(config.dropout)
         self.head = OrderedQuantiles(config.hidden_size, config.horizon, config.quantiles)
         self.shortcut = nn.Linear(config.context + config.horizon, config.horizon)
@@ -102,8 +105,12 @@ class Forecaster(nn.Module):
         }
 
     def recur(self, seen: Seen, state: Rows) -> tuple[Tensor, CellState]:
-        """The recurrence over T steps from h and C of `state`. -> outputs [B, T, hidden], the last state."""
-        return self.recurrence(seen.inputs, state["h"], state["c"])  # type: ignore[no-any-return]
+        """The recurrence over T steps from h and C of `state`, or from those learned where it is that of a new stream.
+        -> outputs [B, T, hidden], the last state.
+        """
+        new = (state["steps"] == 0)[:, None, None]
+        h, c = torch.where(new, self.first_h, state["h"]), torch.where(new, self.first_c, state["c"])
+        return self.recurrence(seen.inputs, h, c)  # type: ignore[no-any-return]
 
     def forecast(self, seen: Seen, outputs: Tensor) -> Forecast:
         """The network's own forecasts at T steps from what was seen and the recurrence's outputs [B, T, hidden]."""

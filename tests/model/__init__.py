@@ -32,6 +32,8 @@ def random_forecaster(config: ModelConfig, seed: int = 0, gain: float = 1.0) -> 
         forecaster = Forecaster(config)
         nn.init.normal_(forecaster.shortcut.weight, std=0.1)
         nn.init.normal_(forecaster.shortcut.bias, std=0.1)
+        nn.init.normal_(forecaster.first_h, std=0.5)
+        nn.init.normal_(forecaster.first_c, std=0.5)
         for weights in forecaster.parameters():
             weights.mul_(gain)
         forecaster.features.covariate_mean.normal_()

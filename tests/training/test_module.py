@@ -13,7 +13,7 @@ from model.quantiles import pinball
 from tests.training.synthetic import forecaster, series
 from training.module import TrainingModule
 from training.series import Series
-from training.windows import Batch, Window, block_of, gather, replay
+from training.windows import Batch, Window, block_of, cut, gather, replay
 
 LENGTH = 60
 
@@ -54,6 +54,23 @@ def test_windows_of_different_lengths_count_by_their_truths(module: TrainingModu
     alone = [module.loss(gather([window], horizon=4)) for window in windows]
     assert count == sum(counted for _, counted in alone)
     assert together.item() == pytest.approx(sum(loss.item() * n for loss, n in alone) / count, rel=1e-5)
+
+
+def test_where_a_new_stream_begins_is_learned_and_no_other_starts_there(module: TrainingModule) -> None:
+    loss, _ = module.loss(gather([whole(module.forecaster, series(LENGTH))], horizon=4))
+    loss.backward()
+    model = module.forecaster
+    for first in (model.first_h, model.first_c):
+        assert first.grad is not None
+        assert first.grad.abs().sum() > 0
+    start, later = block_of([cut(series(LENGTH), 0, 30)]), block_of([cut(series(LENGTH), 30, 40)])
+    issued, state = model.advance(model.initial_state(1), start)
+    goes_on, _ = model.advance(state, later)
+    with torch.no_grad():
+        model.first_h += 1
+        model.first_c += 1
+    assert not torch.equal(model.advance(model.initial_state(1), start)[0].offsets, issued.offsets)
+    assert torch.equal(model.advance(state, later)[0].offsets, goes_on.offsets)
 
 
 def test_one_absurd_reading_is_cut(module: TrainingModule) -> None:
