@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from deploy.broker import EmbeddedBroker
 from deploy.distribution import Distribution, installed
 from service.records import Outgoing, Record
 from service.settings import Settings
-from service.transport.contract import Transport
+from service.transport.contract import Offset, Transport
 from service.transport.kafka_python import KafkaPython
 from tests.served import until
 from tests.service.transport.wire import Wire
@@ -109,11 +109,24 @@ def assigned(transport: Transport, *partitions: int, poll_ms: int = 100) -> None
     until(f"partitions {partitions}", all_told, 30)
 
 
+def where_it_stands(transport: Transport, partition: int) -> Offset | None:
+    """As a worker asks: again, while a transaction of the life before is not ended yet."""
+    answers: list[Offset | None] = []
+
+    def answered() -> bool:
+        with suppress(TimeoutError):
+            answers.append(transport.committed(partition))
+        return bool(answers)
+
+    until("where the group stands", answered, 60)
+    return answers[0]
+
+
 def started(transport: Transport, *partitions: int) -> None:
     """As a worker would: each partition from where the group stands."""
     assigned(transport, *partitions)
     for partition in partitions:
-        stands = transport.committed(partition)
+        stands = where_it_stands(transport, partition)
         transport.start(partition, stands.offset if stands else 0)
 
 
