@@ -228,9 +228,12 @@ def test_a_slot_that_comes_back_under_another_url_is_found_there(
             assert second.url != before
 
             def all_answered() -> bool:
-                return {ask(first, "/v1/predict", json={"stream": stream}).status_code for stream in JAVA} == {200}
+                asked = [
+                    ask(each, "/v1/predict", json={"stream": stream}) for each in (first, second) for stream in JAVA
+                ]
+                return {answer.status_code for answer in asked} == {200}
 
-            until("the first to ask it there", all_answered)
+            until("each to ask the other where it is now", all_answered)
             assert first.predict(stream=JAVA[0]) == second.predict(stream=JAVA[0])
             assert second.stop() == 0
         finally:

@@ -60,7 +60,8 @@ def consume(bootstrap_servers: str, topic: str, count: int) -> list[bytes]:
     values: list[bytes] = []
 
     def enough() -> bool:
-        values.extend(r.value for records in consumer.poll(timeout_ms=100).values() for r in records)
+        # Long enough to join the group in one poll: kafka-python begins a join anew that ended between two.
+        values.extend(r.value for records in consumer.poll(timeout_ms=5_000).values() for r in records)
         return len(values) >= count
 
     wait_until(enough, f"{count} records of {topic}")
