@@ -2,18 +2,25 @@
 
 Every part that remembers declares its tensors here, so that whoever keeps, moves or stores a state (the arena, a
 snapshot, a bundle's check) needs to know no part by name. Nothing is ever pickled.
+
+The tensors of many streams may lie in one block of memory, a stream's row of all of them side by side: then a state is
+found, copied and put back in one piece, wherever it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 Rows = dict[str, Tensor]
 """A state of B streams: name -> tensor [B, *shape]."""
+
+ALIGN = 8
+"""Bytes: those of the largest number in a state."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,35 @@ class Schema(tuple[TensorSpec, ...]):
 
     @property
     def row_bytes(self) -> int:
-        return sum(spec.row_bytes for spec in self)
+        """Bytes of a row in a block: each tensor begins at a multiple of ALIGN."""
+        return sum(map(_aligned, self))
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Where in a row each tensor begins, in bytes.
+
+        >>> Schema([TensorSpec("gap", (), torch.int32), TensorSpec("h", (2, 4), torch.float32)]).offsets
+        {'gap': 0, 'h': 8}
+        """
+        ends = [*accumulate(map(_aligned, self), initial=0)]
+        return {spec.name: start for spec, start in zip(self, ends, strict=False)}
+
+    def views(self, block: Tensor) -> Rows:
+        """The tensors that lie in a block [B, row_bytes] of uint8. They share its memory."""
+        offsets, views = self.offsets, {}
+        for spec in self:
+            first = offsets[spec.name] // spec.dtype.itemsize
+            flat = block.view(spec.dtype)[:, first : first + spec.row_bytes // spec.dtype.itemsize]
+            views[spec.name] = flat.view(len(block), *spec.shape)
+        return views
+
+    def block(self, streams: int) -> Tensor:
+        """The state of `streams` new streams, in one block."""
+        block = torch.zeros(streams, self.row_bytes, dtype=torch.uint8)
+        views = self.views(block)
+        for spec in self:
+            views[spec.name].fill_(spec.initial)
+        return block
 
     def initial(self, streams: int) -> Rows:
         """The state of `streams` new streams."""
@@ -69,3 +104,7 @@ class Schema(tuple[TensorSpec, ...]):
         if len(streams) != 1:
             raise ValueError(f"the tensors of a state must have as many rows each, not {sorted(streams)}")
         return streams.pop()
+
+
+def _aligned(spec: TensorSpec) -> int:
+    return -(-spec.row_bytes // ALIGN) * ALIGN

@@ -1,14 +1,18 @@
-"""The arena: one row of every state tensor for each stream that this worker has.
+"""The arena: one row for each stream that this worker has, of all its state's tensors side by side.
 
 Streams belong to partitions, and come and go with them. Rows are gathered into a batch, advanced, and scattered back;
 between gather and scatter nothing else may touch them. The arena has transactions, as Kafka has: what was changed since
 the last `commit` can be undone by `rollback`.
+
+All rows lie in one stretch of address space, of which the system gives memory only to what was written to. So the arena
+grows row by row, and nothing is ever copied for it.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +23,10 @@ from torch import Tensor
 from model.state import Rows, Schema
 
 FIRST_ROWS = 256
+ADDRESSES_BYTES = 1 << 38
+"""Of address space, not of memory: more than any machine will give to one process."""
+MAP_NORESERVE = 0x4000
+"""Linux's; Python has no name for it."""
 NO_STREAMS: Mapping[str, int] = {}
 
 
@@ -35,12 +43,16 @@ class Arena:
     def __init__(self, schema: Schema) -> None:
         """schema: has a tensor `offset`, of the record by which a stream was last moved."""
         self.schema = schema
-        self._tensors = schema.initial(FIRST_ROWS)
-        self._initial = schema.initial(1)
+        self.block = _reserve(schema.row_bytes)
+        """All rows, [R, row_bytes] uint8; of those that no stream has, the content is of no meaning."""
+        self.tensors = schema.views(self.block)
+        """The same by name: each [R, ...]."""
+        self._bytes, self._first = self.block.numpy(), schema.block(1)[0].numpy()
         self._streams: dict[int, OrderedDict[str, int]] = {}
-        self._free = list(range(FIRST_ROWS))[::-1]
+        self._rows = 0
+        self._free: list[int] = []
         # What a rollback needs: the old content of rows changed since the last commit, and who came or went.
-        self._saved: list[tuple[Tensor, Rows]] = []
+        self._saved: list[tuple[Tensor, Tensor]] = []
         self._is_saved = np.zeros(FIRST_ROWS, dtype=np.bool_)
         self._came: list[tuple[StreamKey, int, bool]] = []
 
@@ -68,9 +80,9 @@ class Arena:
 
     def add(self, key: StreamKey) -> int:
         """The row of a stream that was not there, in its initial state; the most recently heard of its partition."""
-        if not self._free:
-            self._grow()
-        row = self._free.pop()
+        row = self._free.pop() if self._free else self._rows
+        self._bytes[row] = self._first
+        self._rows = max(self._rows, row + 1)
         self._streams.setdefault(key.partition, OrderedDict())[key.stream] = row
         self._came.append((key, row, True))
         return row
@@ -90,8 +102,9 @@ class Arena:
 
     def forget_partition(self, partition: int) -> int:
         """End all streams of a partition, for good: between transactions. -> how many there were."""
-        rows = list(self._streams.pop(partition, {}).values())
-        self._release(rows)
+        rows = list(self.streams(partition).values())
+        self._streams.pop(partition, None)
+        self._free += rows
         return len(rows)
 
     def load(self, partition: int, streams: Sequence[str], state: Rows) -> None:
@@ -106,40 +119,36 @@ class Arena:
         in_order = sorted(self.streams(partition).items(), key=lambda item: offset[item[1]])
         self._streams[partition] = OrderedDict(in_order)
 
-    def reset(self, rows: Iterable[int]) -> None:
-        """Let these rows start afresh."""
-        index = torch.tensor(list(rows), dtype=torch.int64)
-        if not len(index):
-            return
-        self._save(index)
-        for name, tensor in self._tensors.items():
-            tensor[index] = self._initial[name]
+    def reset(self, rows: Tensor) -> None:
+        """Let these rows [B] start afresh."""
+        if len(rows):
+            self.save(rows)
+            self._bytes[rows.numpy()] = self._first
 
     def gather(self, rows: Tensor) -> Rows:
         """The states of these rows [B], copied."""
-        return {name: tensor.index_select(0, rows) for name, tensor in self._tensors.items()}  # twice tensor[rows]
+        return self.schema.views(self.block.index_select(0, rows))  # twice as fast as block[rows]
 
     def scatter(self, rows: Tensor, state: Rows) -> None:
         """Write back states; those tensors alone that `state` has."""
-        self._save(rows)
+        self.save(rows)
         for name, values in state.items():
-            self._tensors[name][rows] = values
+            self.tensors[name][rows] = values
 
     def column(self, name: str) -> NDArray[np.int64]:
-        """One tensor of all rows as a numpy view; good until the next stream is added."""
-        return self._tensors[name].numpy()
+        """One tensor of all rows as a numpy view."""
+        return self.tensors[name].numpy()
 
     def commit(self) -> None:
         """Let all that was changed stand."""
         self._end_transaction()
-        self._release([row for _, row, came in self._came if not came])
+        self._free += [row for _, row, came in self._came if not came]
         self._came.clear()
 
     def rollback(self) -> None:
         """Undo all that was changed since the last commit."""
-        for index, state in self._saved:
-            for name, values in state.items():
-                self._tensors[name][index] = values
+        for index, old in self._saved:
+            self.block[index] = old
         for key, row, came in reversed(self._came):
             if came:
                 del self._streams[key.partition][key.stream]
@@ -151,11 +160,14 @@ class Arena:
         for partition in self._streams:
             self.sort(partition)
 
-    def _save(self, rows: Tensor) -> None:
-        """Keep the content of rows that this transaction changes for the first time."""
+    def save(self, rows: Tensor) -> None:
+        """Keep the content of rows, before it is changed for the first time in this transaction."""
+        if self._rows > len(self._is_saved):
+            more = max(FIRST_ROWS, self._rows, len(self._is_saved))
+            self._is_saved = np.append(self._is_saved, np.zeros(more, dtype=np.bool_))
         first = rows[torch.from_numpy(~self._is_saved[rows.numpy()])]
         if len(first):
-            self._saved.append((first, self.gather(first)))
+            self._saved.append((first, self.block.index_select(0, first)))
             self._is_saved[first.numpy()] = True
 
     def _end_transaction(self) -> None:
@@ -163,16 +175,19 @@ class Arena:
             self._is_saved[index.numpy()] = False
         self._saved.clear()
 
-    def _release(self, rows: list[int]) -> None:
-        index = torch.tensor(rows, dtype=torch.int64)
-        for name, tensor in self._tensors.items():
-            tensor[index] = self._initial[name]
-        self._free += rows
 
-    def _grow(self) -> None:
-        """Twice the rows. The old tensors are copied once a doubling."""
-        rows = len(self._is_saved)
-        more = self.schema.initial(rows)
-        self._tensors = {name: torch.cat((tensor, more[name])) for name, tensor in self._tensors.items()}
-        self._is_saved = np.append(self._is_saved, np.zeros(rows, dtype=np.bool_))
-        self._free = list(range(rows, 2 * rows))[::-1]
+def _reserve(row_bytes: int) -> Tensor:
+    """Rows of zeros that take memory once they are written to. Where so many addresses are not to be had (a limit was
+    set, or the system counts them as memory), half as many, and so on.
+    """
+    size = ADDRESSES_BYTES
+    while True:
+        try:
+            addresses = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        except OSError:
+            size //= 2
+            if size < FIRST_ROWS * row_bytes:
+                raise
+        else:
+            rows = size // row_bytes
+            return torch.from_numpy(np.frombuffer(addresses, np.uint8, rows * row_bytes)).view(rows, row_bytes)

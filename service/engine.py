@@ -247,7 +247,7 @@ class Engine:
         rows = np.array([move.row for move in wave], dtype=np.int64)
         slot = np.array([move.slot for move in wave], dtype=np.int64)
         afresh = np.array([move.afresh for move in wave], dtype=np.bool_)
-        self.arena.reset(rows[afresh])
+        self.arena.reset(torch.from_numpy(rows[afresh]))
         self.metrics.restarted.inc(int(afresh.sum()))
         last_slot = self.arena.column("slot")[rows]
         missing = np.where(last_slot == grid.NO_SLOT, 0, slot - last_slot - 1)
@@ -275,7 +275,7 @@ class Engine:
     def _burst(self, together: Sequence[Sequence[Move]]) -> None:
         """Move rows through all their moves, T > 1 steps at a time; nobody asks for the forecasts between."""
         rows = np.array([moves[0].row for moves in together], dtype=np.int64)
-        self.arena.reset(rows[[moves[0].afresh for moves in together]])
+        self.arena.reset(torch.from_numpy(rows[[moves[0].afresh for moves in together]]))
         slots = self.arena.column("slot")[rows].tolist()
         taken = [
             Run(moves, None if slot == grid.NO_SLOT else slot) for moves, slot in zip(together, slots, strict=True)

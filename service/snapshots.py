@@ -286,7 +286,10 @@ class Keeper:
             "offset": bucket.offset,
             "streams": json.dumps(streams),
         }
-        return save(state, {name: str(value) for name, value in described.items()})
+        return save(
+            {name: rows.contiguous() for name, rows in state.items()},
+            {name: str(value) for name, value in described.items()},
+        )
 
 
 def digest_of(buckets: Iterable[Bucket | Snapshot]) -> int:

@@ -102,7 +102,7 @@ def test_a_rollback_undoes_all_since_the_last_commit() -> None:
     heard(arena, A, 3, h=8.0)
     arena.forget(B)
     heard(arena, B, 4, h=9.0)
-    arena.reset([heard(arena, C, 5)])
+    arena.reset(torch.tensor([heard(arena, C, 5)]))
     arena.rollback()
     assert seen(arena) == before
     assert list(arena.streams(0)) == ["a", "b"]
