@@ -71,6 +71,10 @@ class Arena:
         """A partition's streams with their rows, the least recently heard first."""
         return self._streams.get(partition, NO_STREAMS)
 
+    def open(self, partition: int) -> OrderedDict[str, int]:
+        """The same, of a partition that is now this worker's, for whoever keeps them in order."""
+        return self._streams.setdefault(partition, OrderedDict())
+
     def find(self, key: StreamKey) -> int | None:
         return self.streams(key.partition).get(key.stream)
 
@@ -83,7 +87,7 @@ class Arena:
         row = self._free.pop() if self._free else self._rows
         self._bytes[row] = self._first
         self._rows = max(self._rows, row + 1)
-        self._streams.setdefault(key.partition, OrderedDict())[key.stream] = row
+        self.open(key.partition)[key.stream] = row
         self._came.append((key, row, True))
         return row
 
@@ -116,8 +120,9 @@ class Arena:
     def sort(self, partition: int) -> None:
         """Bring a partition's streams into the order in which they were last heard."""
         offset = self.column("offset")
-        in_order = sorted(self.streams(partition).items(), key=lambda item: offset[item[1]])
-        self._streams[partition] = OrderedDict(in_order)
+        streams = self.open(partition)
+        for stream in sorted(streams, key=lambda stream: offset[streams[stream]]):
+            streams.move_to_end(stream)
 
     def reset(self, rows: Tensor) -> None:
         """Let these rows [B] start afresh."""

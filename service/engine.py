@@ -5,12 +5,11 @@ Follow `Engine.process` to see a record's way.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,29 +18,20 @@ from numpy.typing import NDArray
 
 from model.bundle import Bundle
 from model.features import Block
-from model.follow import Follower
+from model.follow import Followed, Follower
 from model.grid import HOLE, Int64s
 from model.state import Rows, Schema
 from service import grid
 from service.arena import Arena
-from service.bursts import Run, pieces, runs
+from service.bursts import Runs, pieces, runs
 from service.errors import Reason, Rejected, ServiceError
+from service.forecasts import Issued, Teller, quantile_key
 from service.history import History
 from service.metrics import BatchHistogram, Judged, Metrics
-from service.partition import Bounds, Decided, Move, Partition
-from service.records import (
-    Limits,
-    Observation,
-    Outgoing,
-    Record,
-    dead_letter,
-    encode_forecast,
-    parse,
-    quantile_key,
-    rounded,
-)
+from service.partition import NOBODY, Bounds, Partition, Taken
+from service.records import Limits, Observations, Outgoing, Record, dead_letter, part, read
 from service.settings import Settings
-from service.waves import waves
+from service.waves import turns, waves
 
 FORECAST_NUMBERS_MAX = 40_000
 """Of up to 25 bytes each as JSON; Kafka takes records of 1 MiB by default."""
@@ -49,6 +39,53 @@ BRIDGE_CELLS = 1 << 14
 """Rows times steps of one batched step over a gap: bounds its memory."""
 BURST_CELLS = 1 << 13
 """The same of a burst, whose forecasts are needed at every step."""
+NARROW_ROWS = 16
+"""Waves narrower than this, many of them, cost more than one burst."""
+NARROW_WAVES = 4
+
+
+@dataclass(frozen=True)
+class Moves:
+    """M observations that move their streams on, in order; and, as columns [M], how: see `Taken`."""
+
+    seen: Observations
+    row: Int64s
+    line: Int64s
+    slot: Int64s
+    missing: Int64s
+    afresh: NDArray[np.bool_]
+    heard_ms: Int64s
+
+    @classmethod
+    def of(cls, seen: Observations, taken: Sequence[tuple[Int64s, Taken]]) -> Moves:
+        """Those of all partitions: of each, the numbers of its observations and what they mean."""
+        moving = [one.row != NOBODY for _, one in taken]
+        at = np.concatenate([some[moves] for (some, _), moves in zip(taken, moving, strict=True)])
+        columns = [
+            np.concatenate([getattr(one, name)[moves] for (_, one), moves in zip(taken, moving, strict=True)])
+            for name in ("row", "line", "slot", "missing", "afresh", "heard_ms")
+        ]
+        return cls(part(seen, at), *columns)
+
+    def runs(self, some: Int64s) -> Iterator[Runs]:
+        """Some of the moves, by rows."""
+        columns = (self.row, self.line, self.slot, self.missing, self.afresh)
+        for together in runs(*(column[some] for column in columns)):  # type: ignore[arg-type]
+            yield replace(together, **{name: some[getattr(together, name)] for name in ("moves", "head", "last")})
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What B rows moving T steps brought. Of the moves, by their numbers, as columns [n]: whose they are, and at which
+    step; how many steps and observations the stream had seen then. followed: of all rows and steps.
+    """
+
+    moves: Int64s
+    stream: Int64s
+    step: Int64s
+    steps: Int64s
+    count: Int64s
+    followed: Followed
 
 
 class Engine:
@@ -82,6 +119,7 @@ class Engine:
         metrics.state_bytes.set_function(lambda: self.arena.state_bytes)
         self._judged = Judged(metrics, self.config.quantiles, self.follower.horizons)
         self.quantile_keys = [quantile_key(quantile) for quantile in self.config.quantiles]
+        self.teller = Teller(bundle.model_id, self.config)
 
     def partition(self, number: int) -> Partition:
         """A partition of the observations topic, without streams if it is new here."""
@@ -95,23 +133,19 @@ class Engine:
         crashed: partition and offset of records that ended the process before and are not to be looked at again.
         """
         outgoing: list[Outgoing] = []
-        observations: list[Observation] = []
-        for record in records:
-            if (record.partition, record.offset) in crashed:
-                self.partition(record.partition).crashed(record.offset)
-                ended = Rejected(Reason.CRASH, "the process ended each time it came to this record")
-                outgoing.append(self._reject(record, ended))
-                continue
-            try:
-                observations.append(parse(record, self.limits))
-            except Rejected as error:
-                outgoing.append(self._reject(record, error))
+        if crashed:
+            ended = Rejected(Reason.CRASH, "the process ended each time it came to this record")
+            for record in records:
+                if (record.partition, record.offset) in crashed:
+                    self.partition(record.partition).crashed(record.offset)
+                    outgoing.append(self._reject(record, ended))
+            records = [record for record in records if (record.partition, record.offset) not in crashed]
+        seen, rejected = read(records, self.limits)
+        outgoing += [self._reject(record, error) for record, error in rejected]
         with self.lock:
-            moves, refused = self._take(observations)
+            moves, refused = self._take(seen)
         outgoing += refused
-        for wave in waves(moves, self.settings.max_wave_rows):
-            with self.lock, timed(self.metrics.wave_seconds):
-                outgoing += self._encode(wave, self._advance(wave))
+        outgoing += self._advance(moves)
         self._settle()
         return outgoing
 
@@ -121,11 +155,14 @@ class Engine:
         covered: the offset before which a stream's records are in its state already. The partition follows its journal.
         """
         partition = self.partition(number)
+        deadly = partition.known_to_crash()  # not even to be parsed
+        seen, _ = read([record for record in records if record.offset not in deadly], self.limits)
+        seen = part(seen, np.flatnonzero(~self._holes(seen)))
         with self.lock:
-            moves = list(self._retake(partition, records, covered))
-        for together in runs(moves):
+            moves = Moves.of(seen, [(np.arange(len(seen.streams)), partition.take(seen, covered))])
+        for together in moves.runs(np.arange(len(moves.row))):
             with self.lock:
-                self._burst(together)
+                self._burst(moves, together)
         with self.lock:
             partition.settle()
             self.arena.commit()
@@ -160,99 +197,156 @@ class Engine:
         self.metrics.rejected[error.reason].inc()
         return dead_letter(record, error, self.settings.dead_letters_topic)
 
-    def _slots(self, observations: Sequence[Observation]) -> list[int]:
-        ts_ms = np.array([observation.ts_ms for observation in observations], dtype=np.int64)
-        slots = self.config.grid.slot_of(ts_ms) if self.config.grid else np.zeros_like(ts_ms)
-        return list(map(int, slots))
+    def _holes(self, seen: Observations) -> NDArray[np.bool_]:
+        """Whose time is no slot of the grid; a tombstone's need not be one."""
+        if self.config.grid is None:
+            return np.zeros(len(seen.streams), dtype=np.bool_)
+        return np.asarray((self.config.grid.slot_of(seen.ts_ms) == HOLE) & ~seen.ended)
 
-    def _take(self, observations: Sequence[Observation]) -> tuple[list[Move], list[Outgoing]]:
-        """In the order of the records: who moves, and what becomes of the others."""
-        moves: list[Move] = []
-        refused: list[Outgoing] = []
-        counts: Counter[str] = Counter()
-        for observation, slot in zip(observations, self._slots(observations), strict=True):
-            partition, record = self.partition(observation.record.partition), observation.record
-            if observation.ended:
-                partition.end(observation.stream)
-                counts["ended"] += 1
-                continue
-            if slot == HOLE:
-                hole = Rejected(Reason.TIME, "the time falls into a hole of the model's grid")
-                refused.append(self._reject(record, hole))
-                continue
-            partition.tick(observation.ts_ms, record.offset)
-            try:
-                taken = partition.take(observation, slot)
-            except Rejected as error:
-                refused.append(self._reject(record, error))
-            else:
-                if isinstance(taken, str):
-                    counts[taken] += 1
-                else:
-                    moves.append(taken)
-        for outcome, count in counts.items():
-            self.metrics.observations[outcome].inc(count)
-        return moves, refused
-
-    def _retake(self, partition: Partition, records: Sequence[Record], covered: Callable[[str], int]) -> Iterator[Move]:
-        """The moves that `_take` gave for these records when they first came."""
-        observations: dict[int, Observation] = {}
-        deadly = partition.known_to_crash()  # not even to be parsed
-        for record in records:
-            if record.offset not in deadly:
-                with suppress(Rejected):
-                    observations[record.offset] = parse(record, self.limits)
-        slots = dict(zip(observations, self._slots(list(observations.values())), strict=True))
-        for record in records:
-            for entry in partition.decided_before(record.offset):
-                if entry.decided is Decided.FORGOTTEN and covered(entry.stream) <= entry.offset:
-                    partition.end(entry.stream)
-            if record.offset not in observations:
-                continue
-            observation, slot = observations[record.offset], slots[record.offset]
-            known = covered(observation.stream) > record.offset
-            if observation.ended:
-                if not known:
-                    partition.end(observation.stream)
-                continue
-            if slot == HOLE:
-                continue
-            partition.tick(observation.ts_ms, record.offset)
-            if not known:
-                with suppress(Rejected):
-                    taken = partition.take(observation, slot)
-                    if isinstance(taken, Move):
-                        yield taken
+    def _take(self, seen: Observations) -> tuple[Moves, list[Outgoing]]:
+        """Who moves, and what becomes of the others."""
+        holes, partitions = self._holes(seen), seen.partitions
+        hole = Rejected(Reason.TIME, "the time falls into a hole of the model's grid")
+        refused = [self._reject(seen.records[n], hole) for n in np.flatnonzero(holes).tolist()]
+        taken: list[tuple[Int64s, Taken]] = []
+        for number in np.unique(partitions).tolist():
+            some = np.flatnonzero((partitions == number) & ~holes)
+            one = self.partition(number).take(part(seen, some))
+            refused += [self._reject(seen.records[int(some[n])], error) for n, error in one.refused.items()]
+            taken.append((some, one))
+        counted = self.metrics.observations
+        counted["ended"].inc(int(seen.ended.sum()))
+        for name in ("late", "duplicate"):
+            counted[name].inc(int(sum(getattr(one, name).sum() for _, one in taken)))
+        return Moves.of(seen, taken or [(np.arange(0), Taken.none(0))]), refused
 
     def _settle(self) -> None:
         with self.lock:
             for partition in self.partitions.values():
                 partition.settle()
 
-    def _encode(self, wave: Sequence[Move], state: Rows) -> Iterator[Outgoing]:
-        """The forecasts that a wave's new states hold, as records."""
-        streams = [move.observation.stream for move in wave]
-        for move, fields in zip(wave, self.describe(streams, state), strict=True):
-            record = move.observation.record
-            value = encode_forecast(fields)
-            yield Outgoing(
-                self.settings.forecasts_topic, record.partition, record.key, value, cause_ms=record.timestamp_ms
-            )
+    def _advance(self, moves: Moves) -> list[Outgoing]:
+        """Move rows on in waves, as long as those are wide; what is left after that, run by run."""
+        outgoing: list[Outgoing] = []
+        turn = turns(moves.line)
+        wide = _wide(np.bincount(turn))
+        early, late = np.flatnonzero(turn < wide), np.flatnonzero(turn >= wide)
+        for wave in waves(turn[early], self.settings.max_wave_rows):
+            with timed(self.metrics.wave_seconds):
+                with self.lock:
+                    stepped = self._wave(moves, early[wave])
+                outgoing += self._told(moves, stepped)
+        for together in moves.runs(late):
+            with timed(self.metrics.wave_seconds):
+                with self.lock:
+                    pieces_of = self._burst(moves, together)
+                outgoing += [one for stepped in pieces_of for one in self._told(moves, stepped)]
+        return outgoing
 
-    def _advance(self, wave: Sequence[Move]) -> Rows:
+    def _told(self, moves: Moves, stepped: Stepped) -> Iterator[Outgoing]:
+        """The forecasts after these moves, as records."""
+        self._count(moves.seen.values[stepped.moves], stepped.followed)
+        values = self.teller.encode(self._issued(moves, stepped))
+        for n, value in zip(stepped.moves.tolist(), values, strict=True):
+            record = moves.seen.records[n]
+            topic = self.settings.forecasts_topic
+            yield Outgoing(topic, record.partition, record.key, value, (), record.timestamp_ms)
+
+    def _issued(self, moves: Moves, stepped: Stepped) -> Issued:
+        some, at, followed = stepped.moves, (stepped.stream, stepped.step), stepped.followed
+        return Issued(
+            [moves.seen.streams[n] for n in some.tolist()],
+            moves.seen.ts_ms[some],
+            moves.slot[some],
+            stepped.count,
+            stepped.steps >= self.config.warmup,
+            moves.seen.values[some],
+            followed.anomaly.numpy()[at],
+            followed.raw.scale.numpy()[at],
+            self.follower.calibrated(followed).values.numpy()[at],
+        )
+
+    def _count(self, observed: NDArray[np.float64], followed: Followed) -> None:
+        missing = int(np.isnan(observed).sum())
+        self.metrics.observations["missing"].inc(missing)
+        self.metrics.observations["observed"].inc(len(observed) - missing)
+        self._judged.inc(followed.scores.sum((0, 1)).tolist())
+        self.metrics.anomaly.observe(followed.anomaly[~followed.anomaly.isnan()].numpy())
+
+    def _wave(self, moves: Moves, some: Int64s) -> Stepped:
         """Bring rows up to the step before theirs, settle the open forecasts with what came, advance by one step, write
-        the states back. -> the new states.
+        the states back.
         """
-        self.metrics.wave_rows.observe(len(wave))
-        rows = np.array([move.row for move in wave], dtype=np.int64)
-        slot = np.array([move.slot for move in wave], dtype=np.int64)
-        afresh = np.array([move.afresh for move in wave], dtype=np.bool_)
-        self.arena.reset(torch.from_numpy(rows[afresh]))
-        self.metrics.restarted.inc(int(afresh.sum()))
-        last_slot = self.arena.column("slot")[rows]
-        missing = np.where(last_slot == grid.NO_SLOT, 0, slot - last_slot - 1)
-        self._bridge(rows, missing, last_slot)
-        return self._step(wave, rows, slot)
+        self.metrics.wave_rows.observe(len(some))
+        row, slot, missing = moves.row[some], moves.slot[some], moves.missing[some]
+        self._start_afresh(row[moves.afresh[some]])
+        self._bridge(row, missing, slot - missing - 1)
+        here = (np.arange(len(some)), np.zeros(len(some), dtype=np.int64))
+        count = self.arena.column("count")[row] + 1
+        stepped = self._step(moves, some, row, here, slot, 1, count)
+        self._stand(row, moves, some, count)
+        return stepped
+
+    def _burst(self, moves: Moves, together: Runs) -> list[Stepped]:
+        """Move rows through all the moves of their runs, T > 1 steps at a time."""
+        rows = moves.row[together.head]
+        at, stepped = np.zeros(len(rows), dtype=np.int64), []
+        self._start_afresh(rows[moves.afresh[together.head]])
+        count = self.arena.column("count")[rows]
+        for whose, size in pieces(together.steps, BURST_CELLS):
+            some, stream, step = together.window(whose, at[whose], size)
+            counts = count[whose][stream] + turns(stream) + 1
+            first_slot = together.first_slot[whose] + at[whose]
+            stepped.append(self._step(moves, some, rows[whose], (stream, step), first_slot, size, counts))
+            at[whose] += size
+            count[whose] += np.bincount(stream, minlength=len(whose))
+        self._stand(rows, moves, together.last, count)
+        return stepped
+
+    def _step(
+        self,
+        moves: Moves,
+        some: Int64s,
+        rows: Int64s,
+        at: tuple[Int64s, Int64s],
+        first_slot: Int64s,
+        size: int,
+        count: Int64s,
+    ) -> Stepped:
+        """Advance each row by `size` steps from a slot on, write the states back. Of the moves, `some` fall there, on
+        the streams and steps `at`; count: how many observations their streams had then.
+        """
+        seen = np.zeros((len(rows), size), dtype=np.bool_)
+        seen_ms, values = np.zeros_like(seen, dtype=np.int64), np.full(seen.shape, np.nan)
+        covariates = np.full((*seen.shape, len(self.config.covariates)), np.nan)
+        seen[at], seen_ms[at], values[at] = True, moves.seen.ts_ms[some], moves.seen.values[some]
+        covariates[at] = moves.seen.covariates[some]
+        slots = first_slot[:, None] + np.arange(size)
+        block = self._block(values, grid.times_of(self.config, slots, seen_ms), covariates)
+        index = torch.from_numpy(rows)
+        state = self.arena.gather(index)
+        with timed(self.metrics.step_seconds):
+            followed = self.follower.advance(state, block)
+        history = self.history.append(state, block.values, torch.from_numpy(seen_ms), torch.from_numpy(seen), followed)
+        self.arena.scatter(index, followed.rows | history)
+        steps = state["steps"].numpy()[at[0]] + at[1] + 1
+        return Stepped(some, *at, steps, count, followed)
+
+    def _start_afresh(self, rows: Int64s) -> None:
+        self.arena.reset(torch.from_numpy(rows))
+        self.metrics.restarted.inc(len(rows))
+
+    def _stand(self, rows: Int64s, moves: Moves, some: Int64s, count: Int64s) -> None:
+        """Write when, and where among the others, streams were last heard."""
+        columns = {
+            "slot": moves.slot[some],
+            "ts_ms": moves.seen.ts_ms[some],
+            "offset": moves.seen.offsets[some],
+            "heard_ms": moves.heard_ms[some],
+            "count": count,
+        }
+        told = {name: torch.from_numpy(column) for name, column in columns.items()}
+        self.arena.scatter(torch.from_numpy(rows), told)
 
     def _bridge(self, rows: Int64s, missing: Int64s, last_slot: Int64s) -> None:
         """Advance rows over their missing steps. Gaps of any mixture of lengths go together in blocks of 2^n steps,
@@ -272,53 +366,6 @@ class Engine:
             at[some] += size
             size >>= 1
 
-    def _burst(self, together: Sequence[Sequence[Move]]) -> None:
-        """Move rows through all their moves, T > 1 steps at a time; nobody asks for the forecasts between."""
-        rows = np.array([moves[0].row for moves in together], dtype=np.int64)
-        self.arena.reset(torch.from_numpy(rows[[moves[0].afresh for moves in together]]))
-        slots = self.arena.column("slot")[rows].tolist()
-        taken = [
-            Run(moves, None if slot == grid.NO_SLOT else slot) for moves, slot in zip(together, slots, strict=True)
-        ]
-        at = np.zeros(len(taken), dtype=np.int64)
-        for some, size in pieces(np.array([run.steps for run in taken], dtype=np.int64), BURST_CELLS):
-            self._burst_block(rows[some], [taken[n] for n in some], at[some], size)
-            at[some] += size
-        index, last = torch.from_numpy(rows), [run.last for run in taken]
-        counts = self.arena.gather(index)["count"] + torch.tensor([len(run.moves) for run in taken])
-        self.arena.scatter(index, {**self._placed(last), "count": counts})
-
-    def _burst_block(self, rows: Int64s, taken: Sequence[Run], at: Int64s, size: int) -> None:
-        """Move each row through the next `size` steps of its run, from step `at` on."""
-        values = np.full((len(rows), size), np.nan)
-        covariates = np.full((len(rows), size, len(self.config.covariates)), np.nan)
-        seen_ms = np.zeros((len(rows), size), dtype=np.int64)
-        seen = np.zeros((len(rows), size), dtype=np.bool_)
-        for n, run in enumerate(taken):
-            where, moves = run.window(int(at[n]), int(at[n]) + size)
-            values[n, where] = [move.observation.value for move in moves]
-            seen_ms[n, where] = [move.observation.ts_ms for move in moves]
-            seen[n, where] = True
-            if self.config.covariates and moves:
-                covariates[n, where] = [move.observation.covariates for move in moves]
-        slots = (np.array([run.first_slot for run in taken]) + at)[:, None] + np.arange(size)
-        index = torch.from_numpy(rows)
-        state = self.arena.gather(index)
-        block = self._block(values, grid.times_of(self.config, slots, seen_ms), covariates)
-        followed = self.follower.advance(state, block)
-        times, there = torch.from_numpy(seen_ms), torch.from_numpy(seen)
-        history = self.history.append(state, block.values, times, there, followed)
-        self.arena.scatter(index, followed.rows | history)
-
-    def _placed(self, moves: Sequence[Move]) -> Rows:
-        """The rows that tell of streams when, and where among the others, they were last heard."""
-        return {
-            "slot": torch.tensor([move.slot for move in moves]),
-            "ts_ms": torch.tensor([move.observation.ts_ms for move in moves]),
-            "offset": torch.tensor([move.observation.record.offset for move in moves]),
-            "heard_ms": torch.tensor([move.heard_ms for move in moves]),
-        }
-
     def _block(
         self, values: NDArray[np.float64], ts_ms: Int64s, covariates: NDArray[np.float64] | None = None
     ) -> Block:
@@ -326,47 +373,20 @@ class Engine:
             covariates = np.full((*values.shape, len(self.config.covariates)), np.nan)
         return Block(torch.from_numpy(values), torch.from_numpy(ts_ms), torch.from_numpy(covariates))
 
-    def _step(self, wave: Sequence[Move], rows: Int64s, slot: Int64s) -> Rows:
-        index = torch.from_numpy(rows)
-        state = self.arena.gather(index)
-        observed = np.array([move.observation.value for move in wave], dtype=np.float64)
-        seen_ms = np.array([move.observation.ts_ms for move in wave], dtype=np.int64)
-        covariates = np.array([move.observation.covariates for move in wave], dtype=np.float64)
-        times = grid.times_of(self.config, slot, seen_ms)
-        block = self._block(observed[:, None], times[:, None], covariates.reshape(len(wave), 1, -1))
-        with timed(self.metrics.step_seconds):
-            followed = self.follower.advance(state, block)
-        seen = torch.ones_like(block.ts_ms, dtype=torch.bool)
-        history = self.history.append(state, block.values, torch.from_numpy(seen_ms)[:, None], seen, followed)
-        after = followed.rows | history | self._placed(wave) | {"count": state["count"] + 1}
-        self.arena.scatter(index, after)
-        missing = int(np.isnan(observed).sum())
-        self.metrics.observations["missing"].inc(missing)
-        self.metrics.observations["observed"].inc(len(wave) - missing)
-        self._judged.inc(followed.scores.sum((0, 1)).tolist())
-        self.metrics.anomaly.observe(followed.anomaly[~followed.anomaly.isnan()].numpy())
-        return after
-
     def describe(self, streams: Sequence[str], state: Rows, *, raw: bool = False) -> Iterator[dict[str, Any]]:
         """The forecasts that stand open in B states, as the forecasts topic and HTTP tell them; raw: uncalibrated."""
-        values = self.follower.standing(state, raw=raw).values.numpy()
-        by_quantile = np.ascontiguousarray(rounded(values, state["scale"].numpy()).transpose(0, 2, 1))
-        last, gap = state["values"][:, -1].tolist(), state["gap"].tolist()
-        slot, ts_ms, count, steps = (state[name].tolist() for name in ("slot", "ts_ms", "count", "steps"))
-        anomaly = self.follower.anomaly.score(state).tolist()
-        for n, stream in enumerate(streams):
-            yield {
-                "stream": stream,
-                "ts": ts_ms[n],
-                "slot": slot[n],
-                "step_ms": self.config.step_ms,
-                "model": self.bundle.model_id,
-                "count": count[n],
-                "observed": last[n] if gap[n] == 0 else None,
-                "anomaly": None if math.isnan(anomaly[n]) else round(anomaly[n], 3),
-                "quantiles": dict(zip(self.quantile_keys, by_quantile[n], strict=True)),
-                "status": "live" if steps[n] >= self.config.warmup else "warming",
-            }
+        last = torch.where(state["gap"] == 0, state["values"][:, -1], torch.nan)
+        live = state["steps"] >= self.config.warmup
+        columns = (state["ts_ms"], state["slot"], state["count"], live, last, self.follower.anomaly.score(state))
+        values = self.follower.standing(state, raw=raw).values
+        issued = Issued(streams, *(column.numpy() for column in (*columns, state["scale"], values)))
+        return self.teller.describe(issued)
+
+
+def _wide(widths: Int64s) -> int:
+    """How many waves of these widths, falling, are to be made: after them come narrow ones only, and many."""
+    wide = int((widths >= NARROW_ROWS).sum())
+    return wide if len(widths) - wide >= NARROW_WAVES else len(widths)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from model.config import ModelConfig
 from model.grid import HOLE, Int64s
@@ -71,16 +71,39 @@ def place(config: ModelConfig, ts_ms: Int64s, last_slot: Int64s, last_ts_ms: Int
     return Placed(slot, hole, known & (ahead < 0), known & (ahead == 0), afresh, missing)
 
 
-def place_in_turn(config: ModelConfig, ts_ms: Int64s, last_slot: int, last_ts_ms: int) -> Placed:
-    """Place n observations at `ts_ms` [n] of one stream, each after those before it."""
-    order = ts_ms if config.grid is None else config.grid.slot_of(ts_ms)
-    before = np.maximum.accumulate(np.append(last_slot, order))[:-1]
-    before_ms = np.maximum.accumulate(np.append(last_ts_ms, ts_ms))[:-1]
-    placed = place(config, ts_ms, before, before_ms)
+def place_in_turn(
+    config: ModelConfig, ts_ms: Int64s, last_slot: ArrayLike, last_ts_ms: ArrayLike, stream: Int64s | None = None
+) -> Placed:
+    """Place n observations at `ts_ms` [n], each after those before it of the same stream.
+
+    stream [n]: a number for each; None: all are of one. last_slot, last_ts_ms [n]: where each one's stream stood before
+    all of them.
+    """
+    last_slot, last_ts_ms = (np.broadcast_to(np.asarray(last), len(ts_ms)) for last in (last_slot, last_ts_ms))
+    turns = np.zeros(len(ts_ms), dtype=np.int64) if stream is None else stream
+    order = np.argsort(turns, kind="stable")
+    turns = turns[order]
+    first = np.append(True, turns[1:] != turns[:-1])
+    slot = ts_ms if config.grid is None else config.grid.slot_of(ts_ms)
+    before, before_ms = (
+        _most_before(now[order], last[order], first) for now, last in ((slot, last_slot), (ts_ms, last_ts_ms))
+    )
+    placed = place(config, ts_ms[order], before, before_ms)
     if config.grid is None:
-        first = 0 if last_slot == NO_SLOT else last_slot + 1
-        placed = dataclasses.replace(placed, slot=first - 1 + np.cumsum(placed.fresh))
-    return placed
+        moved = np.cumsum(placed.fresh)
+        start = np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
+        moved = moved - (moved - placed.fresh)[start]
+        base = np.where(last_slot[order] == NO_SLOT, 0, last_slot[order] + 1)
+        placed = dataclasses.replace(placed, slot=base - 1 + moved)
+    back = np.argsort(order)
+    return Placed(*(getattr(placed, field.name)[back] for field in dataclasses.fields(Placed)))
+
+
+def _most_before(now: Int64s, last: Int64s, first: Bools) -> Int64s:
+    """Of each, the largest of those before it since the last `first`, and of what stood before all of them."""
+    values, rank = np.unique(np.where(first, last, np.append(NO_SLOT, now[:-1])), return_inverse=True)
+    stretch = np.cumsum(first) * len(values)  # so that one stretch's ranks all lie above those of the one before it
+    return np.asarray(values[np.maximum.accumulate(stretch + rank) - stretch])
 
 
 def times_of(config: ModelConfig, slot: Int64s, ts_ms: Int64s) -> Int64s:

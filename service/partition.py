@@ -7,16 +7,22 @@ partition's journal, since a replay from snapshots of different ages does not se
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+
+import numpy as np
 
 from model.config import ModelConfig
+from model.grid import Int64s
+from service import grid
 from service.arena import Arena, StreamKey
 from service.errors import Reason, Rejected
-from service.grid import NO_SLOT
-from service.records import Observation
+from service.grid import NO_SLOT, Bools
+from service.records import Observations
 from service.settings import Settings
 
 CLOCK_STEPS = 100
@@ -58,17 +64,36 @@ class Mark:
     full: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """An observation that moves its stream on. afresh: the stream forgets all before it. heard_ms: what the partition's
-    clock shows.
+NOBODY = -1
+"""The row of an observation that moves no stream."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What n observations mean for their streams, as columns [n], in order.
+
+    row: the stream's in the arena, NOBODY where the observation moves none. line: a number of the stream, also where it
+    ended and began again, in another row. slot: where on the grid it falls; missing:
+    steps since the last one, to be made up first. afresh: the stream forgets all before it. heard_ms: what the
+    partition's clock shows. late, duplicate: why it moves none. refused: by number, what there is no room for.
     """
 
-    observation: Observation
-    row: int
-    slot: int
-    afresh: bool
-    heard_ms: int
+    row: Int64s
+    line: Int64s
+    slot: Int64s
+    missing: Int64s
+    afresh: Bools
+    heard_ms: Int64s
+    late: Bools
+    duplicate: Bools
+    refused: dict[int, Rejected]
+
+    @classmethod
+    def none(cls, count: int) -> Taken:
+        """Nothing of so many, yet."""
+        line, slot, missing, heard_ms = (np.zeros(count, dtype=np.int64) for _ in range(4))
+        afresh, late, duplicate = (np.zeros(count, dtype=np.bool_) for _ in range(3))
+        return cls(np.full(count, NOBODY), line, slot, missing, afresh, heard_ms, late, duplicate, {})
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,9 @@ class Partition:
 
     def __init__(self, number: int, arena: Arena, config: ModelConfig, bounds: Bounds) -> None:
         self.number, self.arena, self.config, self.bounds = number, arena, config, bounds
+        self._held = arena.open(number)
+        self._slots, self._times_ms, self._heard_ms = map(arena.column, ("slot", "ts_ms", "heard_ms"))
+        self._ordered = bounds.idle_limit_ms > 0 or bounds.forget_when_full
         self.stand(Mark(0))
         self._told: deque[Entry] | None = None
 
@@ -112,8 +140,11 @@ class Partition:
     def settle(self) -> None:
         """The moves that were given out have been made: rows tell their streams' places again."""
         self._places: dict[int, tuple[int, int, int]] = {}
-        self._slots, self._times_ms = self.arena.column("slot"), self.arena.column("ts_ms")
-        self._heard_ms = self.arena.column("heard_ms")
+        """Of some rows, the slot and the time of the last observation, and the clock when it came."""
+        self._lines: dict[int, int] = {}
+        """Of rows of streams that ended and began again, the row that each stream had at first."""
+        self._ended: dict[str, int] = {}
+        """The first rows of streams that ended."""
 
     def replay(self, told: Iterable[Entry] | None) -> None:
         """Decide nothing from now on, but follow this journal; None: decide again."""
@@ -127,24 +158,6 @@ class Partition:
         """In a replay, the offsets at which the process ended time and again."""
         return {entry.offset for entry in self._told or () if entry.decided is Decided.CRASHED}
 
-    def decided_before(self, offset: int) -> Iterator[Entry]:
-        """In a replay, what the journal tells up to the record at `offset`. What concerns all streams is done here."""
-        while self._told and self._told[0].offset <= offset:
-            entry = self._told.popleft()
-            if entry.decided in (Decided.FULL, Decided.OPEN):
-                self.full = entry.decided is Decided.FULL
-            yield entry
-
-    def tick(self, ts_ms: int, offset: int) -> None:
-        """Let the partition's clock see the time of the observation at `offset`, and forget who was idle for long."""
-        if self.clock_ms == NO_SLOT:
-            self.clock_ms = ts_ms
-        limit_ms = self.bounds.idle_limit_ms
-        most_ms = max(1, limit_ms // CLOCK_STEPS) if limit_ms else ts_ms - self.clock_ms
-        self.clock_ms += min(max(ts_ms - self.clock_ms, 0), max(most_ms, 0))
-        if limit_ms and self._told is None:
-            self._forget_idle(offset)
-
     def crashed(self, offset: int) -> None:
         """Note that this record is not to be looked at, ever."""
         self.journal.append(Entry(offset, Decided.CRASHED))
@@ -152,40 +165,130 @@ class Partition:
     def end(self, stream: str) -> None:
         """End a stream, if there is one."""
         self.touched.add(stream)
-        self.arena.forget(StreamKey(self.number, stream))
+        if (row := self._held.get(stream)) is not None:
+            self._ended[stream] = self._lines.get(row, row)
+            self.arena.forget(StreamKey(self.number, stream))
 
-    def take(self, observation: Observation, slot: int) -> Move | str:
-        """What an observation at a slot of the grid means: a move, or `late` or `duplicate`.
+    def take(self, seen: Observations, covered: Callable[[str], int] | None = None) -> Taken:
+        """What observations of this partition, none in a hole of the grid, mean for their streams.
 
-        Without a clock, `slot` is not looked at. Raises Rejected if the stream is new and there is no room.
+        covered: in a replay, the offset before which a stream's records are in its state already. Who is the oldest
+        hangs on which observations were late; that is looked at for many at a time, and whenever it matters.
         """
-        key = StreamKey(self.number, observation.stream)
-        row = self.arena.find(key)
-        if row is None:
-            row = self._enter(key, observation.record.offset)
-            slot, afresh = (slot if self.config.grid else 0), False
-        else:
-            last_slot, last_ts_ms, _ = self._place(row)
-            if self.config.grid is None:  # each observation is the next step, as long as time does not run back
-                slot = last_slot + (observation.ts_ms > last_ts_ms) - (observation.ts_ms < last_ts_ms)
-            if slot <= last_slot:
-                return "late" if slot < last_slot else "duplicate"
-            afresh = slot - last_slot - 1 > self.config.max_gap
-            self.arena.heard(key)
-        self._places[row] = slot, observation.ts_ms, self.clock_ms
-        self.touched.add(observation.stream)
-        return Move(observation, row, slot, afresh, self.clock_ms)
+        taken, clock_ms = Taken.none(len(seen.streams)), self._clock(seen)
+        taken.heard_ms[:] = clock_ms
+        first, unsettled = 0, set[str]()
 
-    def _place(self, row: int) -> tuple[int, int, int]:
-        """The slot and the time of a stream's last observation, and the clock when it came."""
-        return self._places.get(row) or (int(self._slots[row]), int(self._times_ms[row]), int(self._heard_ms[row]))
+        def settle(stream: str, upto: int) -> None:
+            nonlocal first
+            if stream in unsettled:
+                self._place(taken, seen, first, upto)
+                self._remember(taken, seen, first, upto)
+                first = upto
+                unsettled.clear()
 
-    def _enter(self, key: StreamKey, offset: int) -> int:
-        """A row for a new stream. Raises Rejected."""
+        offsets, ended = seen.offsets.tolist(), seen.ended.tolist()
+        deadline_ms = self._deadline_ms()
+        for n, (stream, offset, now_ms) in enumerate(zip(seen.streams, offsets, clock_ms, strict=True)):
+            if covered:
+                self._follow(offset, covered)
+                if covered(stream) > offset:
+                    continue
+            if ended[n]:
+                self.end(stream)
+                deadline_ms = self._deadline_ms()
+                continue
+            while now_ms > deadline_ms:
+                settle(self._oldest, n)
+                deadline_ms = self._deadline_ms()
+                if now_ms > deadline_ms:
+                    self._forget(self._oldest, offset, "idle")
+                    deadline_ms = self._deadline_ms()
+            row = self._held.get(stream)
+            if row is None:
+                try:
+                    row = self._enter(stream, offset, partial(settle, upto=n))
+                except Rejected as error:
+                    taken.refused[n] = error
+                    continue
+                deadline_ms = self._deadline_ms()
+            taken.row[n] = row
+            if self._ordered:
+                unsettled.add(stream)
+        self._place(taken, seen, first, len(seen.streams))
+        taken.line[:] = taken.row
+        for row, line in self._lines.items():
+            taken.line[taken.row == row] = line
+        self.clock_ms = clock_ms[-1] if clock_ms else self.clock_ms
+        return taken
+
+    def _clock(self, seen: Observations) -> list[int]:
+        """What the partition's clock shows at each observation, having seen its time."""
+        limit_ms = self.bounds.idle_limit_ms
+        ts_ms = np.where(seen.ended, NO_SLOT, seen.ts_ms)  # a tombstone's time says nothing
+        if not limit_ms:
+            return list(np.maximum.accumulate(np.append(self.clock_ms, ts_ms))[1:].tolist())
+        most_ms, clock_ms, shown = max(1, limit_ms // CLOCK_STEPS), self.clock_ms, []
+        for time_ms in ts_ms.tolist():
+            if clock_ms == NO_SLOT:
+                clock_ms = time_ms
+            clock_ms += min(max(time_ms - clock_ms, 0), most_ms)
+            shown.append(clock_ms)
+        return shown
+
+    def _follow(self, offset: int, covered: Callable[[str], int]) -> None:
+        """In a replay, do what the journal tells up to the record at `offset`."""
+        while self._told and self._told[0].offset <= offset:
+            entry = self._told.popleft()
+            if entry.decided in (Decided.FULL, Decided.OPEN):
+                self.full = entry.decided is Decided.FULL
+            if entry.decided is Decided.FORGOTTEN and covered(entry.stream) <= entry.offset:
+                self.end(entry.stream)
+
+    def _place(self, taken: Taken, seen: Observations, start: int, stop: int) -> None:
+        """Where the observations start ... stop - 1 that have rows fall, each after those before it."""
+        some = start + np.flatnonzero(taken.row[start:stop] != NOBODY)
+        rows = taken.row[some]
+        last_slot, last_ts_ms = self._slots[rows], self._times_ms[rows]
+        if self._places:
+            for n, row in enumerate(rows.tolist()):
+                last_slot[n], last_ts_ms[n], _ = self._places.get(row, (last_slot[n], last_ts_ms[n], 0))
+        placed = grid.place_in_turn(self.config, seen.ts_ms[some], last_slot, last_ts_ms, rows)
+        taken.slot[some], taken.missing[some], taken.afresh[some] = placed.slot, placed.missing, placed.afresh
+        taken.late[some], taken.duplicate[some] = placed.late, placed.duplicate
+        taken.row[some[~placed.fresh]] = NOBODY
+        heard = [seen.streams[n] for n in some[placed.fresh].tolist()]
+        self.touched.update(heard)
+        for stream, row in zip(heard, rows[placed.fresh].tolist(), strict=True):
+            if self._held.get(stream) == row:  # it may have ended since
+                self._held.move_to_end(stream)
+
+    def _remember(self, taken: Taken, seen: Observations, start: int, stop: int) -> None:
+        """Where streams stand whose moves were given out, but not made yet."""
+        for n in range(start, stop):
+            if (row := int(taken.row[n])) != NOBODY:
+                self._places[row] = int(taken.slot[n]), int(seen.ts_ms[n]), int(taken.heard_ms[n])
+
+    @property
+    def _oldest(self) -> str:
+        """The stream that was not heard for longest."""
+        return next(iter(self._held))
+
+    def _deadline_ms(self) -> float:
+        """When the oldest stream will have been idle for too long."""
+        if not self.bounds.idle_limit_ms or self._told is not None or not self._held:
+            return math.inf
+        row = self._held[self._oldest]
+        heard_ms = self._places[row][2] if row in self._places else int(self._heard_ms[row])
+        return heard_ms + self.bounds.idle_limit_ms
+
+    def _enter(self, stream: str, offset: int, settle: Callable[[str], None]) -> int:
+        """A row for a new stream. Raises Rejected. settle: called before a stream is looked at for being the oldest."""
         if self._told is None:
-            full = len(self.arena.streams(self.number)) >= self.bounds.max_streams
+            full = len(self._held) >= self.bounds.max_streams
             if full and self.bounds.forget_when_full:
-                self._forget(next(iter(self.arena.streams(self.number))), offset, "full")
+                settle(self._oldest)
+                self._forget(self._oldest, offset, "full")
                 full = False
             if full != self.full:
                 self.full = full
@@ -193,20 +296,10 @@ class Partition:
         if self.full:
             most = self.bounds.max_streams
             raise Rejected(Reason.LIMIT, f"partition {self.number} has {most} streams, the most that are followed")
-        row = self.arena.add(key)
-        if row >= len(self._slots):  # the arena grew
-            self._slots, self._times_ms = self.arena.column("slot"), self.arena.column("ts_ms")
-            self._heard_ms = self.arena.column("heard_ms")
+        row = self.arena.add(StreamKey(self.number, stream))
+        if stream in self._ended:
+            self._lines[row] = self._ended[stream]
         return row
-
-    def _forget_idle(self, offset: int) -> None:
-        """The clock only runs forward, so whoever is idle stands before all who are not."""
-        streams = self.arena.streams(self.number)
-        while streams:
-            stream, row = next(iter(streams.items()))
-            if self.clock_ms - self._place(row)[2] <= self.bounds.idle_limit_ms:
-                return
-            self._forget(stream, offset, "idle")
 
     def _forget(self, stream: str, offset: int, reason: str) -> None:
         self.end(stream)

@@ -23,7 +23,8 @@ from model.state import Rows
 from service import grid
 from service.engine import Engine
 from service.errors import Refused, Rejected
-from service.records import Limits, check_time, check_value, quantile_key, read_covariates, read_time
+from service.forecasts import quantile_key
+from service.records import Limits, check_time, check_value, read_covariates, read_time
 from service.schemas import GivenObservation, PredictRequest
 from service.views import Partitions, find
 

@@ -1,6 +1,7 @@
-"""Kafka records in, Kafka records out: the only file that knows what their bytes mean.
+"""Kafka records in: the only file that knows what their bytes mean. An observation, or `Rejected` with a reason.
 
-In: an observation, or `Rejected` with a reason. Out: forecasts and dead letters.
+`parse` says of one record what it holds. `read` says the same of many at a time: it looks at all of them together, and
+leaves those that look in any way odd to `parse`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
+from model.grid import Int64s
 from service.errors import Reason, Rejected
 
 Headers = Sequence[tuple[str, bytes | None]]
@@ -29,8 +31,7 @@ DEAD_LETTER_BYTES_MAX = 1_000_000
 """What a dead letter carries of its record; Kafka's own limit, with all headers, is 1 MiB by default."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, gc=False):
     """A record as it came from the observations topic. timestamp_ms: -1 where the record has none."""
 
     topic: str
@@ -42,11 +43,9 @@ class Record:
     headers: Headers = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(msgspec.Struct, frozen=True, gc=False):
     """A record that can be used. value and covariates: NaN where not observed; ended: the record was a tombstone."""
 
-    record: Record
     stream: str
     ts_ms: int
     value: float
@@ -54,8 +53,27 @@ class Observation:
     ended: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+@dataclass(frozen=True)
+class Observations:
+    """The same of n records, as columns. values [n], covariates [n, K] float64; ts_ms [n] int64; ended [n] bool."""
+
+    records: Sequence[Record]
+    streams: Sequence[str]
+    ts_ms: Int64s
+    values: NDArray[np.float64]
+    covariates: NDArray[np.float64]
+    ended: NDArray[np.bool_]
+
+    @property
+    def offsets(self) -> Int64s:
+        return np.fromiter((record.offset for record in self.records), np.int64, len(self.records))
+
+    @property
+    def partitions(self) -> Int64s:
+        return np.fromiter((record.partition for record in self.records), np.int64, len(self.records))
+
+
+class Outgoing(msgspec.Struct, frozen=True, gc=False):
     """A record to be written. value: None ends its key's life on a compacted topic. cause_ms: the timestamp of the
     record that it answers, -1 where that had none.
     """
@@ -89,6 +107,108 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _decoder = msgspec.json.Decoder(_Body)
+NO_BODY = _Body(None)
+NO_LINE = b'{"value":null}'
+STREAMS_KNOWN = 1 << 16
+"""Keys that need not be decoded again."""
+TS_MAX = 1 << 53
+
+
+def read(records: Sequence[Record], limits: Limits) -> tuple[Observations, list[tuple[Record, Rejected]]]:
+    """The observations that records hold, in their order, and what holds none, with the reason."""
+    lines = [_line_of(record, limits.max_record_bytes) for record in records]
+    bodies = _decode_together(lines)
+    streams = [_stream_of(record.key) for record in records]
+    ts_ms, timed = _times(bodies)
+    values = np.array([body.value for body in bodies], dtype=np.float64)  # of None, NaN
+    covariates, known = _covariates(bodies, limits.covariates)
+    plain = timed & known & _within(records, ts_ms, np.column_stack((values, covariates)), limits)
+    alike = [
+        line is not NO_LINE and stream != "" and body.stream is msgspec.UNSET and not record.headers
+        for line, stream, body, record in zip(lines, streams, bodies, records, strict=True)
+    ]
+    plain &= np.array(alike, dtype=np.bool_)
+    ended, usable = np.zeros(len(records), dtype=np.bool_), np.ones(len(records), dtype=np.bool_)
+    rejected: list[tuple[Record, Rejected]] = []
+    for n in np.flatnonzero(~plain).tolist():
+        try:
+            one = parse(records[n], limits)
+        except Rejected as error:
+            rejected.append((records[n], error))
+            usable[n] = False
+        else:
+            streams[n], ts_ms[n], values[n], ended[n] = one.stream, one.ts_ms, one.value, one.ended
+            covariates[n] = one.covariates or math.nan
+    columns = Observations(records, streams, ts_ms, values, covariates, ended)
+    return (part(columns, np.flatnonzero(usable)) if rejected else columns), rejected
+
+
+def part(whole: Observations, chosen: Int64s) -> Observations:
+    """Some of the observations."""
+    picked = chosen.tolist()
+    return Observations(
+        [whole.records[n] for n in picked],
+        [whole.streams[n] for n in picked],
+        whole.ts_ms[chosen],
+        whole.values[chosen],
+        whole.covariates[chosen],
+        whole.ended[chosen],
+    )
+
+
+def _line_of(record: Record, max_bytes: int) -> bytes:
+    """A value that may be decoded together with others; NO_LINE if it may not: then each line is one value, and none
+    can come to stand for two.
+    """
+    value = record.value
+    return NO_LINE if value is None or len(value) > max_bytes or b"\n" in value else value
+
+
+def _decode_together(lines: Sequence[bytes]) -> Sequence[_Body]:
+    """The bodies of values, as many at a time as go; `NO_BODY` where one cannot be decoded."""
+    try:
+        bodies = _decoder.decode_lines(b"\n".join(lines))
+        if len(bodies) == len(lines):  # an empty line would be passed over
+            return bodies
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        pass
+    if len(lines) < 2:
+        return [NO_BODY] * len(lines)
+    half = len(lines) // 2
+    return [*_decode_together(lines[:half]), *_decode_together(lines[half:])]
+
+
+@lru_cache(STREAMS_KNOWN)
+def _stream_of(key: bytes | None) -> str:
+    """The stream that a key names; empty if it names none."""
+    try:
+        return _decode_key(key) or ""
+    except Rejected:
+        return ""
+
+
+def _times(bodies: Sequence[_Body]) -> tuple[Int64s, NDArray[np.bool_]]:
+    """The times of bodies, and whether they are plain numbers of milliseconds."""
+    plain = [type(body.ts) is int and abs(body.ts) < TS_MAX for body in bodies]
+    times = [body.ts if good else 0 for body, good in zip(bodies, plain, strict=True)]
+    return np.array(times, dtype=np.int64), np.array(plain, dtype=np.bool_)
+
+
+def _covariates(bodies: Sequence[_Body], names: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The covariates of bodies in the model's order, [n, K], and whether they have no others."""
+    given = [[body.covariates.get(name) for name in names] for body in bodies]
+    known = [not body.covariates or body.covariates.keys() <= set(names) for body in bodies]
+    return np.array(given, dtype=np.float64).reshape(len(bodies), len(names)), np.array(known, dtype=np.bool_)
+
+
+def _within(
+    records: Sequence[Record], ts_ms: Int64s, numbers: NDArray[np.float64], limits: Limits
+) -> NDArray[np.bool_]:
+    """Whether times and numbers [n, ...] lie within the limits."""
+    stamped = np.fromiter((record.timestamp_ms for record in records), np.int64, len(records))
+    ahead = (stamped >= 0) & (ts_ms > stamped + limits.max_ahead_ms)
+    large = (np.abs(numbers) > limits.max_abs_value).any(axis=1)  # what is NaN is not
+    return ~ahead & ~large & (ts_ms >= limits.earliest_ts_ms)
 
 
 def parse(record: Record, limits: Limits) -> Observation:
@@ -99,7 +219,7 @@ def parse(record: Record, limits: Limits) -> Observation:
     if record.value is None:
         if stream is None:
             raise Rejected(Reason.KEY, "a record without a value ends a stream, and has no key to name it")
-        return Observation(record, stream, record.timestamp_ms, math.nan, ended=True)
+        return Observation(stream, record.timestamp_ms, math.nan, ended=True)
     if len(record.value) > limits.max_record_bytes:
         raise Rejected(Reason.SIZE, f"{len(record.value)} bytes; at most {limits.max_record_bytes} are read")
     body = _decode_body(record.value)
@@ -111,7 +231,7 @@ def parse(record: Record, limits: Limits) -> Observation:
         raise Rejected(Reason.KEY, "no key, and no field `stream`")
     value = math.nan if body.value is None else check_value(body.value, limits.max_abs_value)
     covariates = tuple(read_covariates(body.covariates, limits)) if body.covariates or limits.covariates else ()
-    return Observation(record, stream, _time_of(record, body.ts, limits), value, covariates)
+    return Observation(stream, _time_of(record, body.ts, limits), value, covariates)
 
 
 def _check_headers(headers: Headers) -> None:
@@ -142,7 +262,7 @@ def check_stream(stream: str) -> str:
         raise Rejected(Reason.KEY, f"a stream id has 1 to {STREAM_ID_MAX} characters, not {len(stream)}")
     if not stream.isprintable():
         raise Rejected(Reason.KEY, "the stream id has characters that cannot be printed")
-    if ".." in stream.split("/"):
+    if ".." in stream and ".." in stream.split("/"):
         raise Rejected(Reason.KEY, "the stream id has a part '..'")
     return stream
 
@@ -222,7 +342,7 @@ def read_time(ts: Any) -> int:
     if isinstance(ts, float) and ts.is_integer():
         ts = int(ts)
     if isinstance(ts, int) and not isinstance(ts, bool):
-        if abs(ts) < 1 << 53:
+        if abs(ts) < TS_MAX:
             return ts
         raise Rejected(Reason.TIME, "the time is no number of milliseconds that a clock could show")
     if isinstance(ts, str) and len(ts) <= 64:
@@ -234,27 +354,6 @@ def read_time(ts: Any) -> int:
             raise Rejected(Reason.TIME, "the time has no offset from UTC: append Z, or +hh:mm")
         return math.floor(moment.timestamp() * SECOND_MS + 0.5)
     raise Rejected(Reason.TIME, "the time is neither epoch milliseconds nor RFC 3339 text")
-
-
-def rounded(values: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Forecasts [B, H, Q] to five digits of each stream's scale [B]: more would only be noise, and bytes.
-
-    >>> rounded(np.array([[[1234.56789]]]), np.array([10.0])).tolist()
-    [[[1234.5679]]]
-    """
-    digits = np.clip(5 - np.floor(np.log10(np.maximum(scale, 1e-300))), -15, 15)[:, None, None]
-    up, down = 10.0 ** np.maximum(digits, 0), 10.0 ** np.maximum(-digits, 0)
-    return np.asarray(np.round(values * up / down) / up * down)
-
-
-def quantile_key(quantile: float) -> str:
-    """How a quantile is written as a field's name: 0.1, 0.5, 0.975."""
-    return f"{quantile:.10g}"
-
-
-def encode_forecast(fields: dict[str, Any]) -> bytes:
-    """The value of a forecast record: JSON, as `docs` in the README describe its fields."""
-    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def dead_letter(record: Record, error: Rejected, topic: str) -> Outgoing:

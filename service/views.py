@@ -17,7 +17,7 @@ from service import grid
 from service.arena import StreamKey
 from service.engine import Engine
 from service.errors import Refused
-from service.records import quantile_key
+from service.forecasts import quantile_key
 from service.schemas import Page
 
 Fields = dict[str, Any]

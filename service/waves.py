@@ -1,31 +1,35 @@
-"""A poll's moves in waves: at most one of a stream in each, order within a stream kept."""
+"""A poll's moves in waves: at most one of a row in each, order within a row kept."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
-from service.arena import StreamKey
-from service.partition import Move
+import numpy as np
+
+from model.grid import Int64s
 
 
-def waves(moves: Iterable[Move], most: int) -> Iterator[Sequence[Move]]:
-    """The n-th move of every stream, for n = 1, 2, ...; at most `most` in a wave.
+def turns(rows: Int64s) -> Int64s:
+    """Of each of these rows [M], how often it stood before.
 
-    >>> from service.records import Observation, Record
-    >>> def move(id, slot): return Move(Observation(Record("t", 0, 0, 0, None, None), id, 0, 0.0), 0, slot, False, 0)
-    >>> polled = [move("a", 1), move("a", 2), move("b", 1), move("a", 3)]
-    >>> [[(m.observation.stream, m.slot) for m in wave] for wave in waves(polled, most=100)]
-    [[('a', 1), ('b', 1)], [('a', 2)], [('a', 3)]]
+    >>> turns(np.array([7, 7, 3, 7])).tolist()
+    [0, 1, 0, 2]
     """
-    layers: list[list[Move]] = []
-    depth: defaultdict[StreamKey, int] = defaultdict(int)
-    for move in moves:
-        key = StreamKey(move.observation.record.partition, move.observation.stream)
-        if depth[key] == len(layers):
-            layers.append([])
-        layers[depth[key]].append(move)
-        depth[key] += 1
-    for layer in layers:
-        for start in range(0, len(layer), most):
-            yield layer[start : start + most]
+    order = np.argsort(rows, kind="stable")
+    first = np.flatnonzero(np.append(True, np.diff(rows[order]) != 0)) if len(rows) else order
+    counts = np.diff(np.append(first, len(rows)))
+    turn = np.empty(len(rows), dtype=np.int64)
+    turn[order] = np.arange(len(rows)) - np.repeat(first, counts)
+    return turn
+
+
+def waves(turn: Int64s, most: int) -> Iterator[Int64s]:
+    """The moves of turn 0, 1, 2 ... by their numbers; at most `most` in a wave.
+
+    >>> [wave.tolist() for wave in waves(np.array([0, 1, 0, 2]), most=100)]
+    [[0, 2], [1], [3]]
+    """
+    order = np.argsort(turn, kind="stable")
+    for some in np.split(order, np.cumsum(np.bincount(turn))[:-1]) if len(turn) else ():
+        for start in range(0, len(some), most):
+            yield some[start : start + most]

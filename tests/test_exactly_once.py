@@ -19,12 +19,12 @@ DEADLY = """
 import os, signal, sys
 import service.engine
 from carousel import main
-parse = service.engine.parse
-def deadly(record, limits):
-    if record.value and b'"value": 666' in record.value:
+read = service.engine.read
+def deadly(records, limits):
+    if any(record.value and b'"value": 666' in record.value for record in records):
         os.kill(os.getpid(), signal.SIGKILL)
-    return parse(record, limits)
-service.engine.parse = deadly
+    return read(records, limits)
+service.engine.read = deadly
 sys.argv[0] = "carousel"
 main()
 """

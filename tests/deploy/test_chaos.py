@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import orjson
 import pytest
 
@@ -130,7 +130,7 @@ def as_topic(outgoing: Sequence[Outgoing], topic: str) -> list[Record]:
 
 
 def with_fields(record: Record, **changed: Any) -> Record:
-    return dataclasses.replace(record, value=orjson.dumps(orjson.loads(record.value or b"") | changed))
+    return msgspec.structs.replace(record, value=orjson.dumps(orjson.loads(record.value or b"") | changed))
 
 
 def test_the_load_has_all_that_can_come(scene: Scene) -> None:
@@ -159,7 +159,7 @@ def test_a_lost_forecast_is_found(scene: Scene) -> None:
 
 def test_a_doubled_forecast_is_found_unless_doubles_are_allowed(scene: Scene) -> None:
     last = scene.forecasts[-1]
-    doubled = [*scene.forecasts, dataclasses.replace(scene.forecasts[100], offset=last.offset + 1)]
+    doubled = [*scene.forecasts, msgspec.structs.replace(scene.forecasts[100], offset=last.offset + 1)]
     (told,) = scene.differences(forecasts=doubled)
     assert f"offset {last.offset + 1}" in told
     assert "is doubled" in told
@@ -206,7 +206,7 @@ def test_a_changed_field_is_found(scene: Scene, field: str, value: Any) -> None:
 
 
 def test_a_forecast_with_another_key_is_found(scene: Scene) -> None:
-    changed = [*scene.forecasts[:-1], dataclasses.replace(scene.forecasts[-1], key=b"another")]
+    changed = [*scene.forecasts[:-1], msgspec.structs.replace(scene.forecasts[-1], key=b"another")]
     (told,) = scene.differences(forecasts=changed)
     assert "has key b'another'" in told
 
@@ -218,7 +218,7 @@ def test_a_lost_a_doubled_and_a_changed_dead_letter_are_found(scene: Scene) -> N
     (told,) = scene.differences(letters=doubled)
     assert "is doubled" in told
     assert scene.differences("at_least_once", letters=doubled) == []
-    changed = [dataclasses.replace(scene.letters[0], value=b"other"), *scene.letters[1:]]
+    changed = [msgspec.structs.replace(scene.letters[0], value=b"other"), *scene.letters[1:]]
     assert len(scene.differences("at_least_once", letters=changed)) == 2
 
 

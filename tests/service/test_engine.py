@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -308,7 +308,7 @@ def test_a_replay_passes_over_what_a_stream_has_behind_it(bundle: Bundle) -> Non
 
 
 def numbered(records: list[Record]) -> list[Record]:
-    return [dataclasses.replace(r, offset=offset) for offset, r in enumerate(records)]
+    return [msgspec.structs.replace(r, offset=offset) for offset, r in enumerate(records)]
 
 
 @pytest.mark.parametrize("clock", [True, False])
@@ -318,7 +318,7 @@ def test_a_replay_many_steps_at_a_time_leads_to_the_states_of_the_first_time(tmp
     for n in range(8):
         for hour, value in some_series(n).items():
             body = {"ts": START_MS + hour * HOUR_MS, "value": value, "covariates": {"wind": float(random.normal())}}
-            records.append(dataclasses.replace(record(f"s{n}", 0, 0.0), value=json.dumps(body).encode()))
+            records.append(msgspec.structs.replace(record(f"s{n}", 0, 0.0), value=json.dumps(body).encode()))
     records += hourly("s3", dict.fromkeys(range(200, 500), 2.0)) + hourly("s3", {600: 1.0, 601: None, 605: 2.0})
     records = numbered(records)
     first, second = engine_of(bundle, max_poll_records=7), engine_of(bundle)

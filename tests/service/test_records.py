@@ -7,7 +7,6 @@ import json
 import math
 from contextlib import suppress
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ from service.records import (
     dead_letter,
     parse,
     read_time,
-    rounded,
 )
 
 NOW_MS = 1_700_000_000_000
@@ -207,11 +205,3 @@ def test_a_dead_letter_always_fits_and_tells_what_was_cut(
         assert value.startswith(letter.value)
     whole = len(letter.key or b"") + len(letter.value) + sum(len(n) + len(v or b"") for n, v in letter.headers)
     assert whole < 1_048_576 - 1_000
-
-
-@given(st.floats(1e-9, 1e12), st.lists(st.floats(-100, 100), min_size=2, max_size=9))
-def test_rounding_is_far_below_the_scale_and_keeps_the_order(scale: float, offsets: list[float]) -> None:
-    values = scale * np.sort(np.array(offsets))[None, None]
-    got = rounded(values, np.array([scale]))
-    assert np.abs(got - values).max() <= 1e-5 * scale
-    assert (np.diff(got) >= 0).all()

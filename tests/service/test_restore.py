@@ -14,9 +14,9 @@ import pytest
 from model.bundle import Bundle, load_bundle
 from service import engine as engine_module
 from service.engine import Engine
-from service.errors import LostStateError
+from service.errors import LostStateError, Rejected
 from service.metrics import Metrics
-from service.records import Limits, Observation, Outgoing, Record, parse
+from service.records import Limits, Observations, Outgoing, Record, read
 from service.settings import Settings
 from service.transport.contract import Offset
 from service.worker import Worker
@@ -297,17 +297,17 @@ def test_while_a_partition_is_restored_the_others_go_on_and_the_worker_is_not_re
     until("readiness", lambda: worker.turn() or worker.ready)
 
 
-def deadly(record: Record, limits: Limits) -> Observation:
+def deadly(records: Sequence[Record], limits: Limits) -> tuple[Observations, list[tuple[Record, Rejected]]]:
     """A parser that ends the process at a record, whenever it looks at it."""
-    if b'"value": 666' in (record.value or b""):
+    if any(b'"value": 666' in (record.value or b"") for record in records):
         raise Killed
-    return parse(record, limits)
+    return read(records, limits)
 
 
 def test_a_record_that_ends_the_process_each_time_becomes_a_dead_letter_and_no_other_does(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "parse", deadly)
+    monkeypatch.setattr(engine_module, "read", deadly)
     log = Log(2)
     produce(log, range(10))
     for partition in range(2):

@@ -1,0 +1,163 @@
+"""Forecasts out: what the forecasts topic and HTTP tell of them, and its bytes.
+
+Numbers are told to five digits of their stream's scale: more would only be noise, and bytes. Writing them is the
+dearest part of a record; where numba is installed, `service.digits` does it for a whole wave at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from model.config import ModelConfig
+from model.grid import Int64s
+
+try:
+    from service import digits
+except ImportError:  # without the extra `fast`
+    digits = None  # type: ignore[assignment]
+
+DIGITS = 5
+"""Of a stream's scale."""
+DIGITS_MAX = 15
+Float64s = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Issued:
+    """Forecasts of B streams as they were issued, as columns.
+
+    ts_ms, slot, count [B] int64; live [B] bool; observed, anomaly [B] float64, NaN where there is none; scale [B]
+    float64; values [B, H, Q] float64.
+    """
+
+    streams: Sequence[str]
+    ts_ms: Int64s
+    slot: Int64s
+    count: Int64s
+    live: NDArray[np.bool_]
+    observed: Float64s
+    anomaly: Float64s
+    scale: Float64s
+    values: Float64s
+
+    def part(self, chosen: Int64s) -> Issued:
+        """Some of them."""
+        columns = (self.ts_ms, self.slot, self.count, self.live, self.observed, self.anomaly, self.scale, self.values)
+        return Issued([self.streams[n] for n in chosen.tolist()], *(column[chosen] for column in columns))  # type: ignore[arg-type]
+
+
+def quantile_key(quantile: float) -> str:
+    """How a quantile is written as a field's name: 0.1, 0.5, 0.975."""
+    return f"{quantile:.10g}"
+
+
+def decimals_of(scale: Float64s) -> Int64s:
+    """How many decimals are told of a stream of this scale [B]; below 0: tens, hundreds ...
+
+    >>> decimals_of(np.array([10.0, 1.0, 0.02, 3e7])).tolist()
+    [4, 5, 7, -2]
+    """
+    digits = DIGITS - np.floor(np.log10(np.maximum(scale, 1e-300)))
+    return np.asarray(np.clip(digits, -DIGITS_MAX, DIGITS_MAX), dtype=np.int64)
+
+
+def mantissas(values: Float64s, decimals: Int64s) -> Float64s:
+    """Forecasts [B, ...] as whole numbers of their last decimal [B]."""
+    exponent = decimals.reshape(-1, *[1] * (values.ndim - 1))
+    return np.rint(values * 10.0 ** np.maximum(exponent, 0) / 10.0 ** np.maximum(-exponent, 0))
+
+
+def rounded(values: Float64s, decimals: Int64s) -> Float64s:
+    """Forecasts [B, ...] to so many decimals [B].
+
+    >>> rounded(np.array([[[1234.56789]]]), np.array([4])).tolist()
+    [[[1234.5679]]]
+    """
+    exponent = decimals.reshape(-1, *[1] * (values.ndim - 1))
+    whole = mantissas(values, decimals)
+    return np.asarray(whole / 10.0 ** np.maximum(exponent, 0) * 10.0 ** np.maximum(-exponent, 0))
+
+
+class Teller:
+    """Tells the forecasts of one model."""
+
+    def __init__(
+        self,
+        model: str,
+        config: ModelConfig,
+        quantiles: Sequence[float] = (),
+        horizons: Sequence[int] = (),
+        decimals: int | None = None,
+    ) -> None:
+        """quantiles, horizons (steps ahead, from 1): those to be told; empty: all. decimals: None: as many as the
+        stream's scale deserves. Raises ValueError for what the model does not forecast.
+        """
+        self.model, self.step_ms, self.decimals, self.horizons = model, config.step_ms, decimals, list(horizons)
+        known = [quantile_key(quantile) for quantile in config.quantiles]
+        self.keys = [quantile_key(quantile) for quantile in quantiles or config.quantiles]
+        if odd := set(self.keys) - set(known):
+            raise ValueError(f"the model has the quantiles {', '.join(known)}, not {', '.join(sorted(odd))}")
+        if any(not 1 <= horizon <= config.horizon for horizon in horizons):
+            raise ValueError(f"the model forecasts the steps 1 ... {config.horizon}, not {list(horizons)}")
+        self._columns = [known.index(key) for key in self.keys] if quantiles else None
+        self._ahead = [horizon - 1 for horizon in horizons] if horizons else None
+
+    def describe(self, issued: Issued) -> Iterator[dict[str, Any]]:
+        """The fields of each forecast's record."""
+        by_quantile = np.ascontiguousarray(rounded(self._values(issued), self._decimals(issued)))
+        for fields, values, live in zip(self._fields(issued), by_quantile, issued.live.tolist(), strict=True):
+            quantiles = dict(zip(self.keys, values, strict=True))
+            yield {**fields, "quantiles": quantiles, "status": "live" if live else "warming"}
+
+    def encode(self, issued: Issued) -> list[bytes]:
+        """The same fields of each forecast's record, as JSON."""
+        if digits is None:
+            return [orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY) for fields in self.describe(issued)]
+        decimals = self._decimals(issued)
+        whole = mantissas(self._values(issued), decimals)
+        fits = digits.fits(whole, decimals)
+        if not fits.all():
+            return self._encode_odd(issued, fits)
+        bodies = digits.write(whole, decimals, self.keys)
+        ends = b'},"status":"warming"}', b'},"status":"live"}'
+        return [
+            b"".join((orjson.dumps(fields)[:-1], b',"quantiles":{', body, ends[live]))
+            for fields, body, live in zip(self._fields(issued), bodies, issued.live.tolist(), strict=True)
+        ]
+
+    def _encode_odd(self, issued: Issued, fits: NDArray[np.bool_]) -> list[bytes]:
+        """Where some have too many digits to be written as the others are: one by one."""
+        plain = iter(self.encode(issued.part(np.flatnonzero(fits))))
+        odd = self.describe(issued.part(np.flatnonzero(~fits)))
+        return [next(plain) if one else orjson.dumps(next(odd), option=orjson.OPT_SERIALIZE_NUMPY) for one in fits]
+
+    def _fields(self, issued: Issued) -> Iterator[dict[str, Any]]:
+        """What is told before the numbers."""
+        columns = (issued.ts_ms, issued.slot, issued.count, issued.observed, np.round(issued.anomaly, 3))
+        rows = zip(issued.streams, *(column.tolist() for column in columns), strict=True)
+        for stream, ts_ms, slot, count, observed, anomaly in rows:
+            fields = {
+                "stream": stream,
+                "ts": ts_ms,
+                "slot": slot,
+                "step_ms": self.step_ms,
+                "model": self.model,
+                "count": count,
+                "observed": None if observed != observed else observed,  # NaN
+                "anomaly": None if anomaly != anomaly else anomaly,
+            }
+            yield {**fields, "horizons": self.horizons} if self.horizons else fields
+
+    def _values(self, issued: Issued) -> Float64s:
+        """The numbers that are told, [B, Q, H]."""
+        values = issued.values if self._ahead is None else issued.values[:, self._ahead]
+        return (values if self._columns is None else values[..., self._columns]).transpose(0, 2, 1)
+
+    def _decimals(self, issued: Issued) -> Int64s:
+        return decimals_of(issued.scale) if self.decimals is None else np.full(len(issued.scale), self.decimals)
