@@ -8,7 +8,7 @@ import secrets
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin
 
 import typer
 
@@ -405,6 +405,7 @@ def command_of_settings() -> Any:
     ]
     for name, field in Settings.model_fields.items():
         default = "required" if field.is_required() else field.default
+        kind = str if get_origin(field.annotation) is list else field.annotation  # a list is given as text
         text = f"{field.description}  \\[default: {default}; env: CAROUSEL_{name.upper()}]"
         parameters.append(
             inspect.Parameter(
@@ -412,7 +413,7 @@ def command_of_settings() -> Any:
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
                 annotation=Annotated[
-                    field.annotation | None,  # type: ignore[operator]
+                    kind | None,  # type: ignore[operator]
                     typer.Option(help=text, show_default=False),
                 ],
             )

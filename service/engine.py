@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,11 @@ class Moves:
         ]
         return cls(part(seen, at), *columns)
 
+    @cached_property
+    def latest(self) -> NDArray[np.bool_]:
+        """Those after which their stream does not move again."""
+        return np.asarray(turns(self.line[::-1])[::-1] == 0)
+
     def runs(self, some: Int64s) -> Iterator[Runs]:
         """Some of the moves, by rows."""
         columns = (self.row, self.line, self.slot, self.missing, self.afresh)
@@ -86,6 +92,11 @@ class Stepped:
     steps: Int64s
     count: Int64s
     followed: Followed
+
+    def part(self, some: Int64s) -> Stepped:
+        """Of some of the moves."""
+        names = ("moves", "stream", "step", "steps", "count")
+        return replace(self, **{name: getattr(self, name)[some] for name in names})
 
 
 class Engine:
@@ -120,6 +131,16 @@ class Engine:
         self._judged = Judged(metrics, self.config.quantiles, self.follower.horizons)
         self.quantile_keys = [quantile_key(quantile) for quantile in self.config.quantiles]
         self.teller = Teller(bundle.model_id, self.config)
+        """Of all that is forecast, as HTTP tells it."""
+        self.emitted = self._emitted(settings)
+
+    def _emitted(self, settings: Settings) -> Teller:
+        """What is written to the forecasts topic."""
+        asked = settings.emit_quantiles, settings.emit_horizons, settings.emit_decimals
+        try:
+            return Teller(self.bundle.model_id, self.config, *asked)
+        except ValueError as error:
+            raise ServiceError(f"setting emit_quantiles or emit_horizons: {error}") from error
 
     def partition(self, number: int) -> Partition:
         """A partition of the observations topic, without streams if it is new here."""
@@ -246,7 +267,9 @@ class Engine:
     def _told(self, moves: Moves, stepped: Stepped) -> Iterator[Outgoing]:
         """The forecasts after these moves, as records."""
         self._count(moves.seen.values[stepped.moves], stepped.followed)
-        values = self.teller.encode(self._issued(moves, stepped))
+        if self.settings.emit == "latest":
+            stepped = stepped.part(np.flatnonzero(moves.latest[stepped.moves]))
+        values = self.emitted.encode(self._issued(moves, stepped))
         for n, value in zip(stepped.moves.tolist(), values, strict=True):
             record = moves.seen.records[n]
             topic = self.settings.forecasts_topic

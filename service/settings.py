@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from service.errors import ServiceError
 
@@ -92,9 +98,31 @@ class Settings(BaseSettings):
     intervals: Literal["calibrated", "raw"] = Field(
         "calibrated", description="Let intervals adapt to how well each stream's held, or issue them as the model does."
     )
+    emit: Literal["every", "latest"] = Field(
+        "every",
+        description="Which forecasts are written: that of every observation, or of each stream only the latest in a"
+        " commit. States are the same.",
+    )
+    emit_quantiles: Annotated[list[float], NoDecode] = Field(
+        [], description="Quantiles that are written, as 0.1,0.5,0.9; none: all."
+    )
+    emit_horizons: Annotated[list[int], NoDecode] = Field(
+        [], description="Steps ahead that are written, as 1,24, and named in a field `horizons`; none: all, unnamed."
+    )
+    emit_decimals: int | None = Field(
+        None,
+        ge=-15,
+        le=15,
+        description="Decimals of a forecast's numbers; by default what the stream's scale deserves.",
+    )
     max_wave_rows: int = Field(4_096, ge=1, description="Most streams advanced in one batched step.")
     threads: int = Field(1, ge=1, le=256, description="Threads that torch computes with.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+
+    @field_validator("emit_quantiles", "emit_horizons", mode="before")
+    @classmethod
+    def _split(cls, given: Any) -> Any:
+        return given.replace(",", " ").split() if isinstance(given, str) else given
 
     @field_validator("advertised_url")
     @classmethod

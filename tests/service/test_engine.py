@@ -295,6 +295,36 @@ def test_calibration_can_be_switched_off(bundle: Bundle) -> None:
     assert on[-1]["quantiles"]["0.9"] != off[-1]["quantiles"]["0.9"]
 
 
+def test_of_each_stream_only_the_latest_forecast_of_a_commit_may_be_written(bundle: Bundle) -> None:
+    """The states are as exact: the next forecasts are those of an engine that writes every one."""
+    every, latest = engine_of(bundle), engine_of(bundle, emit="latest")
+    end = Record("carousel.observations", 0, 0, START_MS, b"c", None)
+    random = np.random.default_rng(6)
+    for first in (0, 40):
+        poll = [r for hour in range(first, first + 40) for r in hourly("a", {hour: float(random.normal())})]
+        poll += (
+            hourly("b", {first: 1.0, first + 1: 2.0}) + hourly("c", {first: 1.0}) + [end] + hourly("c", {first: 1.0})
+        )
+        whole = {forecast["stream"]: forecast for forecast in forecasts(every.process(poll))}  # the last one counts
+        assert sorted(forecasts(latest.process(poll)), key=lambda f: str(f["stream"])) == [
+            whole[name] for name in "abc"
+        ]
+        assert (
+            latest.metrics.observations["observed"]._value.get() == every.metrics.observations["observed"]._value.get()
+        )
+
+
+def test_what_is_written_of_a_forecast_is_a_setting(bundle: Bundle) -> None:
+    records = hourly("a", {hour: 10.0 + hour % 24 for hour in range(5)})
+    whole = forecasts(engine_of(bundle).process(records))[-1]["quantiles"]
+    engine = engine_of(bundle, emit_quantiles=[0.5], emit_horizons=[1, 6], emit_decimals=1)
+    told = forecasts(engine.process(records))[-1]
+    assert (told["horizons"], list(told["quantiles"])) == ([1, 6], ["0.5"])
+    assert told["quantiles"]["0.5"] == pytest.approx([whole["0.5"][0], whole["0.5"][5]], abs=0.0501)
+    with pytest.raises(ServiceError, match=r"emit_quantiles.*0\.1, 0\.5, 0\.9"):
+        engine_of(bundle, emit_quantiles=[0.3])
+
+
 def test_a_replay_passes_over_what_a_stream_has_behind_it(bundle: Bundle) -> None:
     """Snapshots are of different ages: of a younger one, the replay meets records that are in it already."""
     end = Record("carousel.observations", 0, 2, START_MS, b"a", None)

@@ -20,6 +20,17 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
     assert (settings.model, settings.observations_topic) == (Path("/from/file"), "carousel.observations")
 
 
+def test_lists_are_given_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAROUSEL_EMIT_HORIZONS", "1, 24")
+    settings = Settings.load({"model": "m", "emit_quantiles": "0.1,0.9"})
+    assert (settings.emit_quantiles, settings.emit_horizons) == ([0.1, 0.9], [1, 24])
+    file = tmp_path / "carousel.yaml"
+    file.write_text("model: m\nemit_quantiles: [0.5]\n")
+    assert Settings.load({}, file).emit_quantiles == [0.5]
+    with pytest.raises(ServiceError, match="setting emit_quantiles"):
+        Settings.load({"model": "m", "emit_quantiles": "half"})
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
