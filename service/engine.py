@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from model.bundle import Bundle
 from model.features import Block
-from model.follow import Followed, Follower
+from model.follow import Follower
 from model.grid import HOLE, Int64s
 from model.state import Rows, Schema
 from service import grid
@@ -43,6 +43,7 @@ BURST_CELLS = 1 << 13
 NARROW_ROWS = 16
 """Waves narrower than this, many of them, cost more than one burst."""
 NARROW_WAVES = 4
+NO_VALUES = np.empty((0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,22 @@ class Moves:
 
 @dataclass(frozen=True)
 class Stepped:
-    """What B rows moving T steps brought. Of the moves, by their numbers, as columns [n]: whose they are, and at which
-    step; how many steps and observations the stream had seen then. followed: of all rows and steps.
+    """What moves brought, by their numbers, as columns [n]: how many observations their streams had then; whether they
+    were live; of the forecasts then issued the scale, the anomaly, and the values [n, H, Q] (NO_VALUES if nobody is
+    told). scores [K, 5]: the sum of the measures of what was settled.
     """
 
     moves: Int64s
-    stream: Int64s
-    step: Int64s
-    steps: Int64s
     count: Int64s
-    followed: Followed
+    live: NDArray[np.bool_]
+    scale: NDArray[np.float64]
+    anomaly: NDArray[np.float64]
+    values: NDArray[np.float64]
+    scores: NDArray[np.float64]
 
     def part(self, some: Int64s) -> Stepped:
         """Of some of the moves."""
-        names = ("moves", "stream", "step", "steps", "count")
+        names = ("moves", "count", "live", "scale", "anomaly", "values")
         return replace(self, **{name: getattr(self, name)[some] for name in names})
 
 
@@ -183,7 +186,7 @@ class Engine:
             moves = Moves.of(seen, [(np.arange(len(seen.streams)), partition.take(seen, covered))])
         for together in moves.runs(np.arange(len(moves.row))):
             with self.lock:
-                self._burst(moves, together)
+                self._burst(moves, together, told=False)
         with self.lock:
             partition.settle()
             self.arena.commit()
@@ -260,13 +263,13 @@ class Engine:
         for together in moves.runs(late):
             with timed(self.metrics.wave_seconds):
                 with self.lock:
-                    pieces_of = self._burst(moves, together)
+                    pieces_of = self._burst(moves, together, told=True)
                 outgoing += [one for stepped in pieces_of for one in self._told(moves, stepped)]
         return outgoing
 
     def _told(self, moves: Moves, stepped: Stepped) -> Iterator[Outgoing]:
         """The forecasts after these moves, as records."""
-        self._count(moves.seen.values[stepped.moves], stepped.followed)
+        self._count(moves.seen.values[stepped.moves], stepped)
         if self.settings.emit == "latest":
             stepped = stepped.part(np.flatnonzero(moves.latest[stepped.moves]))
         values = self.emitted.encode(self._issued(moves, stepped))
@@ -276,25 +279,25 @@ class Engine:
             yield Outgoing(topic, record.partition, record.key, value, (), record.timestamp_ms)
 
     def _issued(self, moves: Moves, stepped: Stepped) -> Issued:
-        some, at, followed = stepped.moves, (stepped.stream, stepped.step), stepped.followed
+        some, seen = stepped.moves, moves.seen
         return Issued(
-            [moves.seen.streams[n] for n in some.tolist()],
-            moves.seen.ts_ms[some],
+            [seen.streams[n] for n in some.tolist()],
+            seen.ts_ms[some],
             moves.slot[some],
             stepped.count,
-            stepped.steps >= self.config.warmup,
-            moves.seen.values[some],
-            followed.anomaly.numpy()[at],
-            followed.raw.scale.numpy()[at],
-            self.follower.calibrated(followed).values.numpy()[at],
+            stepped.live,
+            seen.values[some],
+            stepped.anomaly,
+            stepped.scale,
+            stepped.values,
         )
 
-    def _count(self, observed: NDArray[np.float64], followed: Followed) -> None:
+    def _count(self, observed: NDArray[np.float64], stepped: Stepped) -> None:
         missing = int(np.isnan(observed).sum())
         self.metrics.observations["missing"].inc(missing)
         self.metrics.observations["observed"].inc(len(observed) - missing)
-        self._judged.inc(followed.scores.sum((0, 1)).tolist())
-        self.metrics.anomaly.observe(followed.anomaly[~followed.anomaly.isnan()].numpy())
+        self._judged.inc(stepped.scores.tolist())
+        self.metrics.anomaly.observe(stepped.anomaly[~np.isnan(stepped.anomaly)])
 
     def _wave(self, moves: Moves, some: Int64s) -> Stepped:
         """Bring rows up to the step before theirs, settle the open forecasts with what came, advance by one step, write
@@ -306,11 +309,11 @@ class Engine:
         self._bridge(row, missing, slot - missing - 1)
         here = (np.arange(len(some)), np.zeros(len(some), dtype=np.int64))
         count = self.arena.column("count")[row] + 1
-        stepped = self._step(moves, some, row, here, slot, 1, count)
+        stepped = self._step(moves, some, row, here, slot, 1, count, told=True)
         self._stand(row, moves, some, count)
         return stepped
 
-    def _burst(self, moves: Moves, together: Runs) -> list[Stepped]:
+    def _burst(self, moves: Moves, together: Runs, *, told: bool) -> list[Stepped]:
         """Move rows through all the moves of their runs, T > 1 steps at a time."""
         rows = moves.row[together.head]
         at, stepped = np.zeros(len(rows), dtype=np.int64), []
@@ -320,7 +323,7 @@ class Engine:
             some, stream, step = together.window(whose, at[whose], size)
             counts = count[whose][stream] + turns(stream) + 1
             first_slot = together.first_slot[whose] + at[whose]
-            stepped.append(self._step(moves, some, rows[whose], (stream, step), first_slot, size, counts))
+            stepped.append(self._step(moves, some, rows[whose], (stream, step), first_slot, size, counts, told))
             at[whose] += size
             count[whose] += np.bincount(stream, minlength=len(whose))
         self._stand(rows, moves, together.last, count)
@@ -335,14 +338,14 @@ class Engine:
         first_slot: Int64s,
         size: int,
         count: Int64s,
+        told: bool,
     ) -> Stepped:
         """Advance each row by `size` steps from a slot on, write the states back. Of the moves, `some` fall there, on
-        the streams and steps `at`; count: how many observations their streams had then.
+        the streams and steps `at`; count: how many observations their streams had then. told: with the forecasts.
         """
-        seen = np.zeros((len(rows), size), dtype=np.bool_)
-        seen_ms, values = np.zeros_like(seen, dtype=np.int64), np.full(seen.shape, np.nan)
-        covariates = np.full((*seen.shape, len(self.config.covariates)), np.nan)
-        seen[at], seen_ms[at], values[at] = True, moves.seen.ts_ms[some], moves.seen.values[some]
+        seen_ms, values = np.zeros((len(rows), size), dtype=np.int64), np.full((len(rows), size), np.nan)
+        covariates = np.full((len(rows), size, len(self.config.covariates)), np.nan)
+        seen_ms[at], values[at] = moves.seen.ts_ms[some], moves.seen.values[some]
         covariates[at] = moves.seen.covariates[some]
         slots = first_slot[:, None] + np.arange(size)
         block = self._block(values, grid.times_of(self.config, slots, seen_ms), covariates)
@@ -350,10 +353,32 @@ class Engine:
         state = self.arena.gather(index)
         with timed(self.metrics.step_seconds):
             followed = self.follower.advance(state, block)
-        history = self.history.append(state, block.values, torch.from_numpy(seen_ms), torch.from_numpy(seen), followed)
-        self.arena.scatter(index, followed.rows | history)
+        self.arena.scatter(index, followed.rows)
         steps = state["steps"].numpy()[at[0]] + at[1] + 1
-        return Stepped(some, *at, steps, count, followed)
+        opened = np.where(steps[:, None] > 1, followed.opened.numpy()[at], np.nan)
+        anomaly = followed.anomaly.numpy()[at]
+        self._note(moves, some, rows[at[0]], count, opened, anomaly)
+        return Stepped(
+            some,
+            count,
+            steps >= self.config.warmup,
+            followed.raw.scale.numpy()[at],
+            anomaly,
+            self.follower.calibrated(followed).values.numpy()[at] if told else NO_VALUES,
+            followed.scores.sum((0, 1)).numpy(),
+        )
+
+    def _note(
+        self,
+        moves: Moves,
+        some: Int64s,
+        row: Int64s,
+        count: Int64s,
+        opened: NDArray[np.float64],
+        anomaly: NDArray[np.float64],
+    ) -> None:
+        seen = moves.seen
+        self.history.note(self.arena.tensors, row, count, seen.ts_ms[some], seen.values[some], opened, anomaly)
 
     def _start_afresh(self, rows: Int64s) -> None:
         self.arena.reset(torch.from_numpy(rows))

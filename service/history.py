@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from model.config import ModelConfig
-from model.follow import Followed
+from model.grid import Int64s
 from model.scoring import middle
 from model.state import Rows, TensorSpec
 from service.grid import NO_SLOT
+from service.waves import turns
 
 
 class History:
     """The last `steps` observations of a stream, each beside the one-step forecast that had been open for it.
 
-    Of the quantiles, the outermost and the middle one are kept.
+    Of the quantiles, the outermost and the middle one are kept. The n-th observation stands in place n mod `steps`, so
+    that noting one moves no other.
     """
 
     def __init__(self, config: ModelConfig, steps: int) -> None:
@@ -29,24 +34,38 @@ class History:
             TensorSpec("history_anomaly", (steps,), torch.float32, torch.nan),
         )
 
-    def append(self, state: Rows, values: Tensor, ts_ms: Tensor, seen: Tensor, followed: Followed) -> Rows:
-        """The rows of this part after T steps of B streams: values, ts_ms [B, T], and what was found of them. seen
-        [B, T]: which steps have an observation. `state` is that before the first step.
+    def note(
+        self,
+        state: Rows,
+        row: Int64s,
+        count: Int64s,
+        ts_ms: Int64s,
+        values: NDArray[np.float64],
+        opened: NDArray[np.float64],
+        anomaly: NDArray[np.float64],
+    ) -> None:
+        """Write observations [n] into rows of `state`, each row's in order.
+
+        count [n]: which observation of its stream each is, from 1 on. opened [n, Q]: what had been forecast for it;
+        NaN where nothing had.
         """
-        forecast = followed.opened[..., self.kept]
-        before = state["steps"][:, None] + torch.arange(values.shape[1])
-        forecast[before == 0] = torch.nan  # a stream's first observation was forecast by nobody
-        new = {
-            "history_ts_ms": ts_ms,
-            "history_value": values,
-            "history_forecast": forecast,
-            "history_anomaly": followed.anomaly.float(),
+        if not self.steps:
+            return
+        last = np.flatnonzero(turns(row[::-1])[::-1] < self.steps)  # those before would be written over
+        at = torch.from_numpy(row[last]), torch.from_numpy((count[last] - 1) % self.steps)
+        noted: dict[str, NDArray[Any]] = {
+            "ts_ms": ts_ms,
+            "value": values,
+            "forecast": opened[:, self.kept],
+            "anomaly": anomaly.astype(np.float32),
         }
-        both = {name: torch.cat((state[name], some), dim=1) for name, some in new.items()}
-        if seen.all():
-            return {name: some[:, values.shape[1] :] for name, some in both.items()}
-        # The last ones of old and new together, passing over steps without an observation.
-        is_there = torch.cat((torch.ones_like(state["history_ts_ms"], dtype=torch.bool), seen), dim=1)
-        last = is_there.int().argsort(dim=1, stable=True)[:, is_there.shape[1] - self.steps :]
-        rows = torch.arange(len(values))[:, None]
-        return {name: some[rows, last] for name, some in both.items()}
+        for name, column in noted.items():
+            state[f"history_{name}"][at] = torch.from_numpy(column[last])
+
+    def places(self, count: int) -> Int64s:
+        """Where the observations of a stream that had so many stand, the oldest first.
+
+        >>> History(ModelConfig(), steps=3).places(5).tolist()
+        [2, 0, 1]
+        """
+        return np.arange(max(0, count - self.steps), count) % max(self.steps, 1)

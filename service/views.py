@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from model.cells import GATES
 from model.config import ModelConfig
 from model.state import Rows
-from service import grid
 from service.arena import StreamKey
 from service.engine import Engine
 from service.errors import Refused
@@ -138,7 +137,7 @@ def history(engine: Engine, key: StreamKey, state: Rows) -> Fields:
                 "forecast": None if np.isnan(forecasts[n]).any() else dict(zip(quantiles, forecasts[n], strict=True)),
                 "anomaly": None if np.isnan(anomaly[n]) else round(float(anomaly[n]), 3),
             }
-            for n in np.flatnonzero(ts_ms != grid.NO_SLOT)
+            for n in engine.history.places(int(state["count"])).tolist()
         ],
     }
 
