@@ -1,0 +1,103 @@
+"""What a step of the model costs a row, beside a bare LSTM and head of the same sizes; and what each part adds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from deploy.bench.figures import Probe, Sample
+from deploy.bench.load import START_MS, Bench
+from deploy.chaos.bundle import HOUR_MS
+from model.bundle import load_bundle
+from model.features import Block
+from model.follow import Follower
+from model.network import Forecaster
+from model.state import Rows
+
+UNIT = "us a row"
+WAVES = (1, 256, 1_000, 4_096)
+TIMED_S = 0.3
+"""Each is repeated for so long, and at least `REPEATS` times; the median counts."""
+REPEATS = 5
+
+
+def probes(bench: Bench) -> Iterator[Probe]:
+    """For a model with a regression beside the network, as trained ones have, and for the network by itself."""
+    models = {"as trained": bench.model}
+    if not bench.config.model:
+        models["no regression"] = bench.made("no-regression", rank=0)
+    for told, path in models.items():
+        forecaster = load_bundle(path).forecaster
+        for wave in WAVES:
+            yield Probe(f"step, {told}, wave of {wave:,}", partial(_measure, told, forecaster, wave))
+
+
+def _measure(told: str, forecaster: Forecaster, wave: int) -> Iterator[Sample]:
+    name = f"wave of {wave:,}, {told}"
+    limit = f"{name}: bare LSTM and head"
+    bare = bare_step(forecaster, wave)
+    network = _per_row(wave, _network(forecaster, wave))
+    all_of_it = _per_row(wave, _follower(forecaster, wave))
+    yield Sample(limit, bare, UNIT, "limit")
+    yield Sample(f"{name}: features, regression too", network, UNIT, limit=limit, note=f"{network - bare:+.1f} us")
+    added = f"{all_of_it - network:+.1f} us"
+    yield Sample(f"{name}: scoring, calibration too", all_of_it, UNIT, limit=limit, note=added)
+
+
+def bare_step(forecaster: Forecaster, wave: int) -> float:
+    """Microseconds a row of torch's own LSTM and a linear head of the model's sizes: no less can be done."""
+    config = forecaster.config
+    inputs = forecaster.features.inputs
+    lstm = nn.LSTM(inputs, config.hidden_size, config.layers, batch_first=True)
+    head = nn.Linear(config.hidden_size, config.horizon * len(config.quantiles))
+    x = torch.randn(wave, 1, inputs)
+    state = (torch.zeros(config.layers, wave, config.hidden_size), torch.zeros(config.layers, wave, config.hidden_size))
+
+    @torch.no_grad()
+    def step() -> None:
+        nonlocal state
+        outputs, state = lstm(x, state)
+        head(outputs[:, -1])
+
+    return _per_row(wave, step)
+
+
+def _network(forecaster: Forecaster, wave: int) -> Callable[[], None]:
+    def advance(rows: Rows, block: Block) -> Rows:
+        return forecaster.advance(rows, block)[1]
+
+    return _stepping(forecaster.initial_state(wave), wave, advance)
+
+
+def _follower(forecaster: Forecaster, wave: int) -> Callable[[], None]:
+    follower = Follower(forecaster)
+    return _stepping(follower.schema.initial(wave), wave, lambda rows, block: follower.advance(rows, block).rows)
+
+
+def _stepping(rows: Rows, wave: int, advance: Callable[[Rows, Block], Rows]) -> Callable[[], None]:
+    """Observations as a day has them, for a state that goes on."""
+    values, nothing = torch.full((wave, 1), 1.0, dtype=torch.float64), torch.zeros(wave, 1, 0, dtype=torch.float64)
+    number = 0
+
+    def step() -> None:
+        nonlocal rows, number
+        number += 1
+        times = torch.full((wave, 1), START_MS + number * HOUR_MS)
+        rows = {**rows, **advance(rows, Block(values + number % 24, times, nothing))}
+
+    return step
+
+
+def _per_row(wave: int, step: Callable[[], None]) -> float:
+    step()  # once to warm up
+    took: list[float] = []
+    while len(took) < REPEATS or sum(took) < TIMED_S:
+        began = time.perf_counter()
+        step()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took) / wave * 1e6
