@@ -330,8 +330,10 @@ def bench(
     streams: Annotated[
         int | None, typer.Option(min=1, help="Streams that are followed.  \\[default: as suits each, mostly 1000]")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Observations of each.")] = 20,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long latency and HTTP are measured at a time.")] = 5,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Observations of each.  \\[default: as suits each, 20 or 100]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured at a time, at most.")] = 5,
     rates: Annotated[str, typer.Option(help="Observations a second at which latency is measured.")] = "300,1000",
     most_streams: Annotated[
         int, typer.Option(min=1_000, help="How far growth goes; 1000000 takes minutes, and gigabytes.")

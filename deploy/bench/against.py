@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,15 @@ from deploy.bench.clients import open_reader
 from deploy.bench.figures import BenchError, Probe, Sample
 from deploy.bench.load import Bench, load
 from deploy.bench.programs import Program, environment, running
+from deploy.java import ending
 from service.records import Record
 from service.settings import Settings
 
 PATIENCE_S = 60.0
 """Whoever says nothing new for so long is ended."""
 LOOK_S = 0.25
-READ_S = 5.0
+READ_S = 2.0
+"""And what is not committed so long after the last is not counted."""
 
 
 def probe(bench: Bench, command: str, number: int, records: Sequence[Record], beside: str) -> Probe:
@@ -44,10 +47,9 @@ def _measure(bench: Bench, command: str, number: int, records: Sequence[Record],
     load(settings, records)
     log_file = bench.directory / f"against-{number}.log"
     with running(command, split(command), log_file, environment(settings)) as program:
-        ended = _wait(program, settings, len(records))
+        ended = _wait(program, settings, len(records), bench.config.seconds)
         appended_ms = _answers(settings, len(records))
-    answered = len(appended_ms)
-    note = "" if answered >= len(records) else f"answered {answered:,} of {len(records):,}, then {ended}"
+    note = f"answered {len(appended_ms):,} of {len(records):,}, then {ended}" if ended else ""
     yield Sample(command, rate_of(appended_ms), "records/s", "rival", beside, note)
 
 
@@ -65,24 +67,25 @@ def rate_of(appended_ms: Sequence[int]) -> float:
     return after * 1_000 / (last - first) if after else float(len(appended_ms)) * 1_000
 
 
-def _wait(program: Program, settings: Settings, count: int) -> str:
-    """Until it has written as much as it must, or will not. -> how it ended, or was ended."""
+def _wait(program: Program, settings: Settings, count: int, seconds: float) -> str:
+    """From its first answer on for `seconds`, or until all is answered. -> why no more is to be had, if so."""
     consumer = KafkaConsumer(bootstrap_servers=settings.bootstrap_servers)
     partitions = [TopicPartition(settings.forecasts_topic, p) for p in range(settings.partitions)]
-    written, since_s = 0, time.monotonic()
+    written, since_s, until_s = 0, time.monotonic(), math.inf
     try:
-        while written < count:
+        while written < count and time.monotonic() < until_s:
             if program.process.poll() is not None:
-                return f"ended by itself, with status {program.process.returncode}: {_last(program.log_file)}"
+                return f"{ending(program.process.returncode)}: {_last(program.log_file)}"
             time.sleep(LOOK_S)
             now = sum(consumer.end_offsets(partitions).values())
             if now > written:
+                until_s = min(until_s, time.monotonic() + seconds)
                 written, since_s = now, time.monotonic()
             elif time.monotonic() - since_s > PATIENCE_S:
                 return f"was silent for {PATIENCE_S:g} s"
     finally:
         consumer.close()
-    return "was silent"
+    return ""
 
 
 def _last(log_file: Path) -> str:

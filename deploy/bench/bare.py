@@ -102,6 +102,13 @@ class Bare(ABC):
     def _pass_on(self, batch: Sequence[Taken], values: Sequence[bytes], offsets: dict[int, int]) -> None: ...
 
     @abstractmethod
+    def pause(self) -> None:
+        """Bring no records until `resume`."""
+
+    @abstractmethod
+    def resume(self) -> None: ...
+
+    @abstractmethod
     def close(self) -> None: ...
 
 
@@ -149,6 +156,12 @@ class BareKafkaPython(Bare):
             producer.commit_transaction()
         else:
             self._consumer.commit(positions)
+
+    def pause(self) -> None:
+        self._consumer.pause(*self._consumer.assignment())
+
+    def resume(self) -> None:
+        self._consumer.resume(*self._consumer.assignment())
 
     def close(self) -> None:
         self._consumer.close()
@@ -199,6 +212,12 @@ class BareLibrdkafka(Bare):
             producer.commit_transaction()
         else:
             self._consumer.commit(offsets=positions, asynchronous=False)
+
+    def pause(self) -> None:
+        self._consumer.pause(self._consumer.assignment())
+
+    def resume(self) -> None:
+        self._consumer.resume(self._consumer.assignment())
 
     def close(self) -> None:
         self._consumer.close()

@@ -99,7 +99,7 @@ def _samples(
     bench: Bench, point: Point, workers: Sequence[Program], urls: Sequence[str], traffic: Traffic
 ) -> Iterator[Sample]:
     before = _spent(bench, workers, urls)
-    count = max(point.streams, bench.streams() * bench.config.steps)
+    count = max(point.streams, bench.streams() * bench.steps())
     most = traffic.burst(count)
     after = _spent(bench, workers, urls)
     latencies = traffic.paced(SHARE * most, bench.config.seconds)

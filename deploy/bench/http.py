@@ -24,12 +24,12 @@ from deploy.bench.traffic import Traffic, traffic_of
 SHARE = 0.8
 ASK_LIMIT_S = 60.0
 LIMITS = {
-    "asyncio": "the asker's own limit: no HTTP server behind it",
+    "asyncio": "the asker's own limit, no HTTP behind it",
     "asgi": "bare ASGI app, the same bytes",
     "fastapi": "bare FastAPI route, the same bytes",
 }
-IDLE = "carousel: a stream's forecast from its live state, idle"
-BUSY = f"the same, while the worker runs at {SHARE:.0%} of its highest rate"
+IDLE = "carousel, idle"
+BUSY = f"carousel, the worker at {SHARE:.0%} of its highest rate"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _measure(bench: Bench) -> Iterator[Sample]:
 
 def _busy(bench: Bench, traffic: Traffic, url: str, bodies: Path, limit: str) -> Iterator[Sample]:
     """Ask while the worker is at work."""
-    rate = SHARE * traffic.burst(bench.streams() * bench.config.steps)
+    rate = SHARE * traffic.burst(bench.streams() * bench.steps())
     asked: list[Asked] = []
     failed: list[Exception] = []
 
@@ -101,7 +101,7 @@ def _bare(bench: Bench, kind: str, name: str, answer: Path, bodies: Path) -> Ite
 def _samples(name: str, asked: Asked, role: Role, limit: str = "", note: str = "") -> Iterator[Sample]:
     if asked.failed:
         raise BenchError(f"{asked.failed} requests of `{name}` were not answered with 200")
-    yield Sample(name, asked.per_second, "requests/s", role, limit, note)
+    yield Sample(f"{name}: requests", asked.per_second, "requests/s", role, limit and f"{limit}: requests", note)
     for quantile, value in {"p50": asked.p50_ms, "p99": asked.p99_ms}.items():
         suffix = f": {quantile}"
         yield Sample(name + suffix, value, "ms", role, limit and limit + suffix, note)

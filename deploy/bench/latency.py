@@ -66,7 +66,7 @@ def _measure(
         traffic_of(settings, streams, program.check) as traffic,
     ):
         traffic.warm_up()
-        most = traffic.burst(streams * config.steps)
+        most = traffic.burst(streams * bench.steps())
         yield Sample(f"{name}, at most", most, "records/s", role, limit and f"{limit}, at most")
         rates = {f"{rate:,.0f}/s": rate for rate in config.rates} | {f"{SHARE:.0%} of that": SHARE * most}
         for told, rate in rates.items():

@@ -39,15 +39,16 @@ GUARANTEES = ("exactly_once", "at_least_once")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to measure, and with what load. streams: None: as many as suits the measurement.
+    """What to measure, and with what load. streams, steps: None: as many as suits the measurement.
 
-    rates: observations a second at which latency is measured, each for `seconds`. most_streams: how far growth goes.
+    seconds: how long each is measured at a time, where it might go on for ever. rates: observations a second at which
+    latency is measured. most_streams: how far growth goes.
     """
 
     what: tuple[str, ...] = ("throughput", "step")
     rounds: int = 3
     streams: int | None = None
-    steps: int = 20
+    steps: int | None = None
     threads: int = 1
     rates: tuple[float, ...] = (300, 1_000)
     seconds: float = 5.0
@@ -92,6 +93,9 @@ class Bench:
 
     def streams(self, otherwise: int = 1_000) -> int:
         return self.config.streams or otherwise
+
+    def steps(self, otherwise: int = 20) -> int:
+        return self.config.steps or otherwise
 
 
 def transports(config: BenchConfig) -> tuple[str, ...]:
@@ -167,16 +171,6 @@ def process(engine: Engine, records: Sequence[Record]) -> Sequence[Outgoing]:
     return engine.process(records)
 
 
-def process_all(engine: Engine, records: Sequence[Record]) -> int:
-    """All records in polls of the worker's size, each let stand. -> how many forecasts there were."""
-    size, forecasts = engine.settings.max_poll_records, 0
-    for start in range(0, len(records), size):
-        polled = records[start : start + size]
-        forecasts += len(process(engine, polled))
-        engine.commit({record.partition: record.offset + 1 for record in polled})
-    return forecasts
-
-
 def forecast_values(settings: Settings, records: Sequence[Record]) -> list[bytes]:
     """What the worker would answer to these records."""
     return [outgoing.value or b"" for outgoing in process(new_engine(settings), records)]
@@ -206,9 +200,14 @@ def living(settings: Settings) -> Iterator[Worker]:
         worker.end_session()
 
 
-def turn_until(worker: Worker, forecasts: int) -> None:
-    """Turn the loop until so many forecasts were delivered, by this worker in all."""
-    while worker.metrics.forecasts._value.get() < forecasts:
+def forecasts(worker: Worker) -> int:
+    """How many this worker has delivered."""
+    return int(worker.metrics.forecasts._value.get())
+
+
+def turn_until(worker: Worker, count: int) -> None:
+    """Turn the loop until it has delivered so many forecasts."""
+    while forecasts(worker) < count:
         worker.turn()
 
 

@@ -13,7 +13,7 @@ from deploy.bench.load import Bench
 
 STREAMS = 50_000
 DECLARED = "declared bytes of a stream's state"
-COPIED = "bare copy: each row out and back, in the same order"
+COPIED = "bare copy, each row out and back, in that order"
 
 
 def probes(bench: Bench) -> Iterator[Probe]:
@@ -28,7 +28,7 @@ def _measure(bench: Bench) -> Iterator[Sample]:
     yield Sample("resident, a stream", found["resident"] / streams, "bytes", limit=DECLARED, note=told)
     yield Sample("resident at its peak, a stream", found["peak"] / streams, "bytes", limit=DECLARED, note=told)
     yield Sample(COPIED, found["copied_per_second"], "records/s", "limit")
-    turn = "engine alone, every stream in turn, in an order that no cache foresees"
+    turn = "engine alone, every stream in turn, at random"
     yield Sample(turn, found["followed_per_second"], "records/s", limit=COPIED, note=told)
 
 

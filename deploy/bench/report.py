@@ -10,9 +10,11 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +24,8 @@ from deploy.bench.load import BenchConfig
 PACKAGES = ("carousel", "torch", "numpy", "kafka-python", "confluent-kafka", "fastapi", "uvicorn", "orjson", "msgspec")
 STYLES = {"limit": "dim", "carousel": "bold", "rival": ""}
 COLOURS = {"limit": "#9aa5b1", "carousel": "#2563eb", "rival": "#d97706"}
+WIDTH = 160
+"""Letters, of a table that no terminal shows."""
 BAR_INCHES = 0.28
 WIDTH_INCHES = 11.0
 
@@ -46,7 +50,7 @@ def tell(config: BenchConfig, figures: Sequence[Figure], console: Console) -> No
     try:
         (directory / f"{stem}.json").write_text(json.dumps(document(config, figures), indent=1) + "\n")
         with (directory / f"{stem}.txt").open("w") as file:
-            page = Console(file=file, width=180)
+            page = Console(file=file, width=WIDTH)
             for table in tables:
                 page.print(table)
         drawn = plot(figures, directory / f"{stem}.png")
@@ -104,15 +108,26 @@ def tables_of(figures: Sequence[Figure]) -> list[Table]:
 
 
 def _table(what: str, figures: Sequence[Figure]) -> Table:
-    table = Table(title=what, title_justify="left", title_style="bold")
-    for heading in ("measured", "median", "", "beside its limit", "least ... most", ""):
-        table.add_column(heading, justify="right" if heading in ("median", "beside its limit") else "left")
-    for figure in figures:
-        beside = "" if figure.beside is None else f"{figure.beside:.2f} x"
-        spread = f"{number(figure.low)} ... {number(figure.high)}" if figure.rounds > 1 else ""
-        row = (figure.name, number(figure.value), figure.unit, beside, spread, figure.note)
-        table.add_row(*map(_literal, row), style=STYLES[figure.role])
+    """Figures whose names begin alike, up to a colon, stand under that beginning."""
+    table = Table(title=what, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("measured")
+    for heading in ("median", "beside its limit", "least", "most"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for beginning, some in groupby(figures, key=lambda figure: figure.name.partition(": ")[0]):
+        group = list(some)
+        if len(group) > 1:
+            table.add_row(_literal(beginning), style="italic")
+        for figure in group:
+            name = f"  {figure.name.partition(': ')[2]}" if len(group) > 1 else figure.name
+            table.add_row(*map(_literal, (name, *_cells(figure))), style=STYLES[figure.role])
     return table
+
+
+def _cells(figure: Figure) -> tuple[str, ...]:
+    beside = "" if figure.beside is None else f"{figure.beside:.2f} x"
+    spread = (number(figure.low), number(figure.high)) if figure.rounds > 1 else ("", "")
+    return f"{number(figure.value)} {figure.unit}", beside, *spread, figure.note
 
 
 def _literal(text: str) -> str:
@@ -122,7 +137,7 @@ def _literal(text: str) -> str:
 
 def _grown(what: str, figures: Sequence[Figure]) -> Table:
     units = list(dict.fromkeys(figure.unit for figure in figures))
-    table = Table(title=what, title_justify="left", title_style="bold")
+    table = Table(title=what, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("as it grows")
     for unit in units:
         table.add_column(unit, justify="right")
@@ -148,6 +163,7 @@ def plot(figures: Sequence[Figure], path: Path) -> bool:
     if not find_spec("matplotlib") or not figures:
         return False
     from matplotlib.figure import Figure as Page
+    from matplotlib.patches import Patch
 
     panels: dict[tuple[str, str], list[Figure]] = {}
     for figure in figures:
@@ -160,6 +176,7 @@ def plot(figures: Sequence[Figure], path: Path) -> bool:
     for ((title, unit), some), axis in zip(panels.items(), axes, strict=True):
         axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
         (_draw_line if some[0].axis else _draw_bars)(axis, some, unit)
+    page.legend(handles=[Patch(color=colour, label=role) for role, colour in COLOURS.items()], ncols=3, fontsize=8)
     page.savefig(path, dpi=110)
     return True
 

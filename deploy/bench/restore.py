@@ -38,12 +38,12 @@ def _measure(bench: Bench) -> Iterator[Sample]:
     size = sum(latest.values())
     yield Sample(READ, read_s, "s", "limit", note=f"{written / 1e6:,.0f} MB, {len(latest):,} snapshots count")
     told = f"{streams:,} streams, {replayed:,} observations replayed"
-    yield Sample("restore: session, snapshots, replay", restore_s, "s", limit=READ, note=told)
+    yield Sample("restore, with joining and replay", restore_s, "s", limit=READ, note=told)
     yield Sample("restored", streams / restore_s, "streams/s")
     declared = "declared bytes of a stream's state"
     yield Sample(declared, row_bytes, "bytes", "limit")
     yield Sample("bytes a stream on the topic", size / streams, "bytes", limit=declared)
-    steady = f"written in steady state, each within {INTERVAL_S:g} s"
+    steady = f"snapshots in steady state, each within {INTERVAL_S:g} s"
     yield Sample(steady, size / 1e6 / INTERVAL_S, "MB/s")
 
 

@@ -42,11 +42,11 @@ def _measure(told: str, forecaster: Forecaster, wave: int) -> Iterator[Sample]:
     limit = f"{name}: bare LSTM and head"
     bare = bare_step(forecaster, wave)
     network = _per_row(wave, _network(forecaster, wave))
-    all_of_it = _per_row(wave, _follower(forecaster, wave))
+    whole = _per_row(wave, _follower(forecaster, wave))
     yield Sample(limit, bare, UNIT, "limit")
-    yield Sample(f"{name}: features, regression too", network, UNIT, limit=limit, note=f"{network - bare:+.1f} us")
-    added = f"{all_of_it - network:+.1f} us"
-    yield Sample(f"{name}: scoring, calibration too", all_of_it, UNIT, limit=limit, note=added)
+    yield Sample(f"{name}: carousel's step, all of it", whole, UNIT, limit=limit)
+    yield Sample(f"{name}: of that, features and blending", network - bare, UNIT, limit=limit)
+    yield Sample(f"{name}: of that, scoring and calibration", whole - network, UNIT, limit=limit)
 
 
 def bare_step(forecaster: Forecaster, wave: int) -> float:

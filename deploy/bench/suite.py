@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Figure]:
 
     Raises BenchError for what cannot be measured, BrokerError or ServiceError where Kafka cannot be had.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else report.WIDTH)
     check(config)
     torch.set_num_threads(config.threads)
     taken = Taken()
