@@ -183,6 +183,7 @@ class BareLibrdkafka(Bare):
             [self._client.TopicPartition(topics.source, p, beginning) for p in range(topics.partitions)]
         )
         writing = {"acks": "all", "enable.idempotence": True, "linger.ms": 5, "batch.size": 262_144}
+        writing["retry.backoff.ms"] = 10  # by default a transaction now and then waits 100 ms for the one before it
         transactional = {"transactional.id": topics.group} if rhythm.exactly_once else {}
         self._producer = self._client.Producer(common | writing | transactional)
         if rhythm.exactly_once:
