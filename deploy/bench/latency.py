@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 
 from deploy.bench import against, bare
-from deploy.bench.figures import Probe, Role, Sample
+from deploy.bench.figures import BenchError, Probe, Role, Sample
 from deploy.bench.load import (
     GUARANTEES,
     Bench,
@@ -40,10 +40,15 @@ def probes(bench: Bench) -> Iterator[Probe]:
         name = f"{told}: carousel"
         yield Probe(name, partial(_measure, bench, name, serve, settings, "carousel", limit))
     for command in bench.config.against:
-        beside = f"{transports(bench.config)[0]}, exactly once: carousel"
-        yield Probe(
-            command, partial(_measure, bench, command, partial(_as_given, command), bench.settings, "rival", beside)
-        )
+        yield Probe(command, partial(_rival, bench, command, f"{transports(bench.config)[0]}, exactly once: carousel"))
+
+
+def _rival(bench: Bench, command: str, beside: str) -> Iterator[Sample]:
+    """A rival that fails is told of, and the others are measured all the same."""
+    try:
+        yield from _measure(bench, command, partial(_as_given, command), bench.settings, "rival", beside)
+    except BenchError as error:
+        yield Sample(f"{command}, at most", 0.0, "records/s", "rival", note=" ".join(str(error).split()))
 
 
 def _as_given(command: str, _: Settings) -> list[str]:

@@ -18,6 +18,7 @@ from deploy.bench.figures import BenchError, Figure, Probe, Taken
 from deploy.bench.load import Bench, BenchConfig
 from deploy.broker import EmbeddedBroker
 from deploy.java import signals_interrupt
+from model.errors import CarouselError
 
 WHAT = ("throughput", "step", "latency", "http", "restore", "memory", "growth", "training")
 """The measurements; of each there is a module with `probes(bench)`."""
@@ -26,7 +27,7 @@ WITH_RIVALS = {"throughput", "latency"}
 
 
 def run(config: BenchConfig, console: Console | None = None) -> list[Figure]:
-    """Measure, print, write. When interrupted, what was measured until then is told.
+    """Measure, print, write. When it ends early, what was measured until then is told.
 
     Raises BenchError for what cannot be measured, BrokerError or ServiceError where Kafka cannot be had.
     """
@@ -38,9 +39,9 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Figure]:
         try:
             with ExitStack() as stack:
                 _measure(config, stack, taken, console)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, CarouselError):
             if figures := taken.figures():
-                console.print("interrupted; measured until then:")
+                console.print("it did not come to its end; measured until then:")
                 report.tell(config, figures, console)
             raise
         figures = taken.figures()
@@ -55,6 +56,8 @@ def check(config: BenchConfig) -> None:
             raise BenchError(f"there is no measurement {what!r}; there are: {', '.join(WHAT)}")
     if config.against and not WITH_RIVALS & set(config.what):
         raise BenchError(f"--against goes with {' or '.join(sorted(WITH_RIVALS))}")
+    if not config.rates or min(config.rates) <= 0:
+        raise BenchError("--rates takes observations a second, more than none")
     if config.profile:
         flame.check(config.profile)
     if config.out:
