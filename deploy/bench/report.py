@@ -28,6 +28,8 @@ WIDTH = 160
 """Letters, of a table that no terminal shows."""
 BAR_INCHES = 0.28
 WIDTH_INCHES = 11.0
+LOGARITHMIC_FROM = 50
+"""Times that the longest bar is as long as the shortest."""
 
 
 def check(out: Path) -> None:
@@ -188,7 +190,9 @@ def _draw_bars(axis: Any, figures: Sequence[Figure], unit: str) -> None:
     axis.barh(range(len(figures)), values, xerr=spread, color=colours, error_kw={"elinewidth": 1, "capsize": 2})
     axis.set_yticks(range(len(figures)), [figure.name for figure in figures], fontsize=7)
     axis.invert_yaxis()
-    if min(values) > 0 and max(values) > 50 * min(values):
+    axis.margins(y=0.01)
+    above = [value for value in values if value > 0]
+    if above and max(above) > LOGARITHMIC_FROM * min(above):
         axis.set_xscale("log")
     axis.set_xlabel(unit, fontsize=8)
     axis.tick_params(axis="x", labelsize=7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from model.state import Rows
 UNIT = "us a row"
 WAVES = (1, 256, 1_000, 4_096)
 TIMED_S = 0.3
-"""Each is repeated for so long, and at least `REPEATS` times; the median counts."""
+"""Each is repeated for about so long, and at least `REPEATS` times; the median counts."""
 REPEATS = 5
 
 
@@ -40,9 +40,8 @@ def probes(bench: Bench) -> Iterator[Probe]:
 def _measure(told: str, forecaster: Forecaster, wave: int) -> Iterator[Sample]:
     name = f"wave of {wave:,}, {told}"
     limit = f"{name}: bare LSTM and head"
-    bare = bare_step(forecaster, wave)
-    network = _per_row(wave, _network(forecaster, wave))
-    whole = _per_row(wave, _follower(forecaster, wave))
+    steps = _bare(forecaster, wave), _network(forecaster, wave), _follower(forecaster, wave)
+    bare, network, whole = _per_row(wave, steps)
     yield Sample(limit, bare, UNIT, "limit")
     yield Sample(f"{name}: carousel's step, all of it", whole, UNIT, limit=limit)
     yield Sample(f"{name}: of that, features and blending", network - bare, UNIT, limit=limit)
@@ -50,7 +49,13 @@ def _measure(told: str, forecaster: Forecaster, wave: int) -> Iterator[Sample]:
 
 
 def bare_step(forecaster: Forecaster, wave: int) -> float:
-    """Microseconds a row of torch's own LSTM and a linear head of the model's sizes: no less can be done."""
+    """Microseconds a row of `_bare`."""
+    (bare,) = _per_row(wave, [_bare(forecaster, wave)])
+    return bare
+
+
+def _bare(forecaster: Forecaster, wave: int) -> Callable[[], None]:
+    """Torch's own LSTM and a linear head of the model's sizes: no less can be done."""
     config = forecaster.config
     inputs = forecaster.features.inputs
     lstm = nn.LSTM(inputs, config.hidden_size, config.layers, batch_first=True)
@@ -64,7 +69,7 @@ def bare_step(forecaster: Forecaster, wave: int) -> float:
         outputs, state = lstm(x, state)
         head(outputs[:, -1])
 
-    return _per_row(wave, step)
+    return step
 
 
 def _network(forecaster: Forecaster, wave: int) -> Callable[[], None]:
@@ -93,11 +98,14 @@ def _stepping(rows: Rows, wave: int, advance: Callable[[Rows, Block], Rows]) -> 
     return step
 
 
-def _per_row(wave: int, step: Callable[[], None]) -> float:
-    step()  # once to warm up
-    took: list[float] = []
-    while len(took) < REPEATS or sum(took) < TIMED_S:
-        began = time.perf_counter()
-        step()
-        took.append(time.perf_counter() - began)
-    return statistics.median(took) / wave * 1e6
+def _per_row(wave: int, steps: Sequence[Callable[[], None]]) -> list[float]:
+    """Microseconds a row of each of these, which are made in turn: what disturbs one disturbs the others, too."""
+    for step in steps:
+        step()  # once to warm up
+    took: list[list[float]] = [[] for _ in steps]
+    while len(took[0]) < REPEATS or sum(map(sum, took)) < TIMED_S * len(steps):
+        for step, times in zip(steps, took, strict=True):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+    return [statistics.median(times) / wave * 1e6 for times in took]
