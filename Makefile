@@ -1,7 +1,7 @@
 # make demo    everything on this machine, live; ARGS="--for 30" ends by itself
 # make test    the tests, with genuine Kafka
 # make check   what CI checks: style, types
-# make bench   how fast, beside the limits
+# make bench   how fast, beside the limits; ARGS="latency http --out figures/" measures these, see carousel bench --help
 # make chaos   what it survives: workers and Kafka killed, stopped, thrown out; some minutes
 # make setup   .venv with all that these need (each of them calls it)
 

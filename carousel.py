@@ -319,35 +319,76 @@ def broker(
 
 @app.command()
 def bench(
-    streams: Annotated[int, typer.Option(min=1, help="Streams that are followed.")] = 1_000,
-    steps: Annotated[int, typer.Option(min=2, help="Observations of each.")] = 20,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="throughput, step, latency, http, restore, memory, growth, training.  \\[default: throughput step]",
+            show_default=False,
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured, all in turn; medians count.")] = 3,
+    streams: Annotated[
+        int | None, typer.Option(min=1, help="Streams that are followed.  \\[default: as suits each, mostly 1000]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Observations of each.  \\[default: as suits each, 20 or 100]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured at a time, at most.")] = 5,
+    rates: Annotated[str, typer.Option(help="Observations a second at which latency is measured.")] = "300,1000",
+    most_streams: Annotated[
+        int, typer.Option(min=1_000, help="How far growth goes; 1000000 takes minutes, and gigabytes.")
+    ] = 100_000,
     threads: Annotated[int, typer.Option(min=1, help="Threads that torch computes with.")] = 1,
+    transport: Annotated[
+        list[str] | None, typer.Option(help="The worker's Kafka client; may be repeated.  \\[default: kafka-python]")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Bundle to serve.  \\[default: LSTM 64 x 2, 24 x 9, rank 6, not trained]")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Another program, measured beside: it reads BOOTSTRAP, IN_TOPIC, OUT_TOPIC and GROUP from its"
+            " environment and answers each observation once. May be repeated.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write JSON, table and picture: to FILE.json and beside it, or a directory.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a flame graph of the worker: .svg, .html or .json (speedscope).")
+    ] = None,
     bootstrap_servers: Annotated[
         str | None,
         typer.Option(envvar="CAROUSEL_BOOTSTRAP_SERVERS", help="An existing Kafka instead of the embedded one."),
     ] = None,
-    restore: Annotated[
-        int | None,
-        typer.Option(min=1, help="Instead: how long a worker takes to take up so many streams, 100000 say."),
-    ] = None,
-    training: Annotated[
-        bool, typer.Option("--training", help="Instead: how fast training is; beside NeuralForecast, if it is there.")
-    ] = False,
 ) -> None:
-    """Measure how fast the worker is, beside the limits of its parts; all in one run, as the machine's mood varies."""
-    if training:
-        from deploy import bench_training
+    """Measure how fast and how large the worker is, beside the limits of its parts; all in one run, in turns.
 
-        bench_training.run(threads=threads)
-        return
-    from deploy import bench, bench_restore
+    Example: carousel bench throughput latency --against "python rival.py" --out figures/
+    """
+    from deploy.bench.load import BenchConfig
+    from deploy.bench.suite import run
 
     quiet("kafka")
-    config = bench.BenchConfig(streams, steps, threads, bootstrap_servers)
-    if restore:
-        bench_restore.run(restore, config)
-    else:
-        bench.run(config)
+    config = BenchConfig(
+        what=tuple(what or BenchConfig.what),
+        rounds=rounds,
+        streams=streams,
+        steps=steps,
+        threads=threads,
+        rates=numbers(rates, "--rates"),
+        seconds=seconds,
+        most_streams=most_streams,
+        bootstrap_servers=bootstrap_servers,
+        transports=tuple(transport or BenchConfig.transports),
+        model=model,
+        against=tuple(against or ()),
+        out=out,
+        profile=profile,
+    )
+    run(config)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`carousel bench --training`: how fast training is, beside torch's bare LSTM and, if installed, NeuralForecast's.
+"""How fast training is, beside torch's bare LSTM and, if installed, NeuralForecast's.
 
 All see windows of the same length from the same series, with networks of the same size, in turns on the same machine.
 A window is not the same work, though: Carousel learns from a forecast at every step of it after the burn-in, and
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import statistics
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,10 +20,10 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from deploy.bench.figures import Probe, Sample
+from deploy.bench.load import Bench
 from model.config import ModelConfig
 from model.grid import Grid
 from model.network import Forecaster
@@ -36,62 +34,41 @@ from training.windows import Split, WindowData, WindowOptions
 HOUR_MS = 3_600_000
 SERIES, STEPS = 50, 2_000
 CAROUSEL = "carousel: windows cut, network, loss, optimiser"
-BARE = "limit: torch's LSTM alone, forward and backward, on tensors at hand"
-RIVAL = "rival: NeuralForecast's LSTM with MQLoss, {} series a batch"
+BARE = "torch's LSTM alone, forward and backward, on tensors at hand"
+RIVAL = "NeuralForecast's LSTM with MQLoss, {} series a batch"
 RIVAL_SERIES = (32, 4)
 """Its default, and few: it cuts all windows of the series of a batch, and throws away all but those it trains on."""
 MODEL = ModelConfig(grid=Grid(HOUR_MS), season=24)
 WINDOWS = WindowOptions()
+BATCHES = 40
+"""Timed in each round."""
 WARM_BATCHES = 3
 """Not timed: the first ones allocate."""
 
 
-@dataclass(frozen=True)
-class TrainingFigure:
-    """windows_per_second: the median of the rounds. forecasts: how many are learned from in a window."""
-
-    what: str
-    windows_per_second: float
-    forecasts: int
-
-
-def run(batches: int = 40, rounds: int = 3, threads: int = 1, console: Console | None = None) -> list[TrainingFigure]:
-    """Measure in turns, and print. `batches` are timed in each round."""
-    console = console or Console(highlight=False)
-    torch.set_num_threads(threads)
-    series = _series()
-    measured: dict[str, Callable[[int], float]] = {BARE: _bare, CAROUSEL: partial(_carousel, series)}
-    if importlib.util.find_spec("neuralforecast"):
-        frame = _frame(series)
-        for count in RIVAL_SERIES:
-            measured[RIVAL.format(count)] = partial(_neuralforecast, frame, count, threads)
-    rates: dict[str, list[float]] = {what: [] for what in measured}
-    with console.status("measuring …") as status:
-        for number in range(rounds):
-            for what, measure in measured.items():
-                status.update(f"round {number + 1} of {rounds}: {what} …")
-                rates[what].append(measure(batches))
-    forecasts = {BARE: 0, CAROUSEL: WINDOWS.steps - WINDOWS.burn_in}
-    figures = [TrainingFigure(what, statistics.median(each), forecasts.get(what, 1)) for what, each in rates.items()]
-    console.print(_table(figures, threads))
-    if len(measured) == 2:
-        console.print("NeuralForecast is not installed; `pip install neuralforecast`, and it stands beside")
-    return figures
+def probes(bench: Bench) -> Iterator[Probe]:
+    """Batches in turn, with networks of the same size, from the same series."""
+    series, threads = _series(), bench.config.threads
+    yield _probe(BARE, _bare, 0, role="limit")
+    yield _probe(CAROUSEL, partial(_carousel, series), WINDOWS.steps - WINDOWS.burn_in, limit=BARE)
+    if not importlib.util.find_spec("neuralforecast"):
+        bench.tell("NeuralForecast is not installed; `pip install neuralforecast`, and it stands beside")
+        return
+    frame = _frame(series)
+    for count in RIVAL_SERIES:
+        rival = partial(_neuralforecast, frame, count, threads)
+        yield _probe(RIVAL.format(count), rival, 1, role="rival", limit=CAROUSEL)
 
 
-def _table(figures: list[TrainingFigure], threads: int) -> Table:
-    ours = next(figure.windows_per_second for figure in figures if figure.what == CAROUSEL)
-    title = (
-        f"batches of {WINDOWS.batch_size} windows of {WINDOWS.steps} steps, LSTM {MODEL.hidden_size} x {MODEL.layers},"
-        f" {MODEL.horizon} x {len(MODEL.quantiles)} quantiles, {threads} thread{'s' if threads > 1 else ''}"
-    )
-    table = Table("measured", "windows/s", "carousel beside it", "forecasts learned from/s", title=title)
-    table.title_justify = "left"
-    for figure in figures:
-        rate = figure.windows_per_second
-        learned = f"{rate * figure.forecasts:,.0f}" if figure.forecasts else ""
-        table.add_row(figure.what, f"{rate:,.0f}", f"{ours / rate:.2f} x", learned)
-    return table
+def _probe(name: str, measure: Callable[[int], float], forecasts: int, **told: Any) -> Probe:
+    """forecasts: how many are learned from in a window."""
+
+    def samples() -> Iterator[Sample]:
+        rate = measure(BATCHES)
+        note = f"{rate * forecasts:,.0f} forecasts learned from/s" if forecasts else ""
+        yield Sample(name, rate, "windows/s", note=note, **told)
+
+    return Probe(name, samples)
 
 
 def _series() -> list[Series]:

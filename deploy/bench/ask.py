@@ -1,0 +1,104 @@
+"""Asks a server for forecasts, as fast as it answers, over connections that stay open; tells what came of it as JSON.
+
+    python -m deploy.bench.ask http://127.0.0.1:8000 BODIES.jsonl --seconds 5
+
+No HTTP library: requests are ready bytes, and of an answer no more is read than its status and its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+CONNECTIONS = 8
+WARM_SHARE = 0.2
+"""Of the time, at its beginning, that does not count."""
+
+
+class Connection(asyncio.Protocol):
+    """Asks again whenever it is answered."""
+
+    def __init__(self, requests: Iterator[bytes], from_s: float, took_s: list[float], failed: list[bytes]) -> None:
+        self._requests, self._from_s, self._took_s, self._failed = requests, from_s, took_s, failed
+        self._read = bytearray()
+        self._end = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101
+        self._transport = transport
+        self._ask()
+
+    def _ask(self) -> None:
+        self._asked_s = time.perf_counter()
+        self._transport.write(next(self._requests))
+
+    def data_received(self, data: bytes) -> None:
+        self._read += data
+        if not self._end:
+            head, found, _ = self._read.partition(b"\r\n\r\n")
+            if not found:
+                return
+            length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
+            self._end = len(head) + 4 + length
+        if len(self._read) >= self._end:
+            self._answered(time.perf_counter())
+
+    def _answered(self, now_s: float) -> None:
+        if not self._read.startswith(b"HTTP/1.1 200"):
+            self._failed.append(bytes(self._read[:200]))
+        if self._asked_s >= self._from_s:
+            self._took_s.append(now_s - self._asked_s)
+        self._read.clear()
+        self._end = 0
+        self._ask()
+
+
+def requests_of(bodies: Path, host: str) -> list[bytes]:
+    """Whole requests, ready to be sent."""
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: "
+    return [
+        head.encode() + b"%d\r\n\r\n" % len(line) + line for line in bodies.read_bytes().splitlines() if line.strip()
+    ]
+
+
+async def ask(url: str, bodies: Path, seconds: float, connections: int) -> dict[str, float]:
+    """-> requests a second, the times of the middle one and of one in a hundred, and how many were refused."""
+    parts = urlsplit(url)
+    requests, loop = cycle(requests_of(bodies, parts.netloc)), asyncio.get_running_loop()
+    took_s: list[float] = []
+    failed: list[bytes] = []
+    from_s = time.perf_counter() + WARM_SHARE * seconds
+    opened = [
+        await loop.create_connection(
+            lambda: Connection(requests, from_s, took_s, failed), parts.hostname or "", parts.port or 80
+        )
+        for _ in range(connections)
+    ]
+    await asyncio.sleep(seconds)
+    counted_s, times = time.perf_counter() - from_s, np.array(took_s)
+    for transport, _ in opened:
+        transport.abort()
+    p50, p99 = np.quantile(times, (0.5, 0.99)) * 1_000 if len(times) else (0.0, 0.0)
+    return {"per_second": len(times) / counted_s, "p50_ms": float(p50), "p99_ms": float(p99), "failed": len(failed)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("bodies", type=Path)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--connections", type=int, default=CONNECTIONS)
+    given = parser.parse_args()
+    print(json.dumps(asyncio.run(ask(given.url, given.bodies, given.seconds, given.connections))))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

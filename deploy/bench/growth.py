@@ -1,0 +1,147 @@
+"""What it costs as work grows: one thing at a time, all else as by default. Of each: records a second, processor time a
+record, memory, the slowest forecasts at half of its highest rate; and what bounds it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from deploy.bench.figures import Probe, Sample
+from deploy.bench.load import Bench, create_topics, transports
+from deploy.bench.programs import Program, Usage, environment, running, serve, usage
+from deploy.bench.traffic import Traffic, traffic_of
+
+SHARE = 0.5
+"""Of the highest rate, at which latency is measured."""
+LEAST_STREAMS = 1_000
+PARTITIONS = (1, 4, 16)
+HIDDEN_SIZES = (32, 64, 128, 256)
+HORIZONS = (6, 24, 96)
+WORKERS = (1, 2)
+SUMS = (
+    "carousel_wave_duration_seconds_sum",
+    "carousel_step_duration_seconds_sum",
+    "carousel_commit_duration_seconds_sum",
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One load. shape: of the model, where it is not the default one."""
+
+    axis: str
+    at: int
+    streams: int
+    workers: int = 1
+    partitions: int = 4
+    shape: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What was spent until now. cpu_s, rss: of all workers; broker_s: of Kafka, where it is ours; parts: seconds of the
+    workers' own time in waves, in the model's steps within them, and in commits.
+    """
+
+    cpu_s: float
+    rss: int
+    broker_s: float
+    parts: tuple[float, ...]
+
+
+def points(bench: Bench) -> Iterator[Point]:
+    """All loads. With a model of one's own, its shape is as it is."""
+    streams = bench.streams()
+    powers = range(round(math.log10(LEAST_STREAMS)), math.floor(math.log10(bench.config.most_streams) + 1e-9) + 1)
+    yield from (Point("streams", 10**power, 10**power) for power in powers)
+    yield from (Point("partitions", count, streams, partitions=count) for count in PARTITIONS)
+    yield from (Point("workers", count, streams, workers=count) for count in WORKERS)
+    if not bench.config.model:
+        yield from (Point("hidden size", size, streams, shape={"hidden_size": size}) for size in HIDDEN_SIZES)
+        yield from (Point("horizon", steps, streams, shape={"horizon": steps}) for steps in HORIZONS)
+
+
+def probes(bench: Bench) -> Iterator[Probe]:
+    for point in points(bench):
+        yield Probe(f"{point.at:,} {point.axis}", partial(_measure, bench, point))
+
+
+def _measure(bench: Bench, point: Point) -> Iterator[Sample]:
+    name = "-".join(f"{key}-{value}" for key, value in (point.shape or {}).items())
+    shape = {"model": bench.made(name, **point.shape)} if point.shape else {}
+    settings = bench.settings(partitions=point.partitions, transport=transports(bench.config)[0], **shape)
+    create_topics(settings)
+    told = serve(settings.model_copy(update={"log_level": "info"}))
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(running(f"worker {n}", told, bench.directory / f"w{n}.log", environment(settings)))
+            for n in range(point.workers)
+        ]
+
+        def check() -> None:
+            for worker in workers:
+                worker.check()
+
+        urls = [worker.wait_for_url() for worker in workers]
+        traffic = stack.enter_context(traffic_of(settings, point.streams, check))
+        traffic.warm_up()
+        yield from _samples(bench, point, workers, urls, traffic)
+
+
+def _samples(
+    bench: Bench, point: Point, workers: Sequence[Program], urls: Sequence[str], traffic: Traffic
+) -> Iterator[Sample]:
+    before = _spent(bench, workers, urls)
+    count = max(point.streams, bench.streams() * bench.steps())
+    most = traffic.burst(count)
+    after = _spent(bench, workers, urls)
+    latencies = traffic.paced(SHARE * most, bench.config.seconds)
+    traffic.settle()
+    figures = {
+        "records/s": most,
+        "us a record": (after.cpu_s - before.cpu_s) / count * 1e6,
+        "MB": after.rss / 1e6,
+        "p99 ms": latencies.ms(0.99),
+    }
+    note = bound(before, after, count / most, point.workers)
+    for unit, value in figures.items():
+        yield Sample(f"{point.axis} {point.at:,}: {unit}", value, unit, note=note, axis=point.axis, at=point.at)
+
+
+def bound(before: Spent, after: Spent, wall_s: float, workers: int) -> str:
+    """Where the time went, as shares of the workers' own, the largest first; and how busy the processors were with it.
+
+    >>> bound(Spent(0, 0, 0, (0, 0, 0)), Spent(1.6, 0, 0.5, (1.0, 0.6, 0.8)), 2.0, 1)
+    'commit 40%, model step 30%, rest of waves 20%, other 10%; worker 80%, broker 25% of a core'
+    """
+    waves, steps, commits = (a - b for a, b in zip(after.parts, before.parts, strict=True))
+    whole_s = wall_s * workers
+    parts = {"commit": commits, "model step": steps, "rest of waves": waves - steps}
+    shares = {part: seconds / whole_s for part, seconds in parts.items()}
+    shares = dict(sorted(shares.items(), key=lambda item: -item[1])) | {"other": max(0.0, 1 - sum(shares.values()))}
+    told = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+    busy, broker = (after.cpu_s - before.cpu_s) / wall_s, (after.broker_s - before.broker_s) / wall_s
+    of_broker = f", broker {broker:.0%}" if broker else ""
+    return f"{told}; worker{'s' * (workers > 1)} {busy:.0%}{of_broker} of a core"
+
+
+def _spent(bench: Bench, workers: Sequence[Program], urls: Sequence[str]) -> Spent:
+    used = [worker.usage() for worker in workers]
+    broker = usage(bench.broker_pid) if bench.broker_pid else Usage(0, 0)
+    parts = [_parts(url) for url in urls]
+    return Spent(
+        sum(u.cpu_s for u in used), sum(u.rss for u in used), broker.cpu_s, tuple(map(sum, zip(*parts, strict=True)))
+    )
+
+
+def _parts(url: str) -> list[float]:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:  # noqa: S310 - ours
+        text = answer.read().decode()
+    return [float(found[1]) if (found := re.search(rf"^{name} (\S+)", text, re.MULTILINE)) else 0.0 for name in SUMS]

@@ -1,0 +1,124 @@
+"""Requests a second and their times: POST /v1/predict of a stream's live state, beside a bare FastAPI route and a bare
+ASGI app that answer the same bytes from the same server; and beside what the asker itself can do.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import httpx
+
+from deploy.bench.figures import BenchError, Probe, Role, Sample
+from deploy.bench.load import Bench, create_topics, transports
+from deploy.bench.programs import environment, running, serve
+from deploy.bench.traffic import Traffic, traffic_of
+
+SHARE = 0.8
+ASK_LIMIT_S = 60.0
+LIMITS = {
+    "asyncio": "the asker's own limit, no HTTP behind it",
+    "asgi": "bare ASGI app, the same bytes",
+    "fastapi": "bare FastAPI route, the same bytes",
+}
+IDLE = "carousel, idle"
+BUSY = f"carousel, the worker at {SHARE:.0%} of its highest rate"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `ask.py` found."""
+
+    per_second: float
+    p50_ms: float
+    p99_ms: float
+    failed: int
+
+
+def probes(bench: Bench) -> Iterator[Probe]:
+    yield Probe("HTTP", partial(_measure, bench))
+
+
+def _measure(bench: Bench) -> Iterator[Sample]:
+    settings, streams = bench.settings(transport=transports(bench.config)[0]), bench.streams()
+    create_topics(settings)
+    bodies = bench.directory / "bodies.jsonl"
+    bodies.write_text("".join(json.dumps({"stream": f"s{n}"}) + "\n" for n in range(streams)))
+    with ExitStack() as stack:
+        log = bench.directory / "http.log"
+        told = serve(settings.model_copy(update={"log_level": "info"}))
+        worker = stack.enter_context(running("carousel serve", told, log, environment(settings)))
+        url = worker.wait_for_url()
+        traffic = stack.enter_context(traffic_of(settings, streams, worker.check))
+        traffic.warm_up()
+        answer = bench.directory / "answer.json"
+        answer.write_bytes(_answer(url))
+        for kind, name in LIMITS.items():
+            bench.tell(name)
+            yield from _bare(bench, kind, name, answer, bodies)
+        limit = LIMITS["fastapi"]
+        bench.tell(IDLE)
+        yield from _samples(IDLE, _ask(bench, url, bodies), "carousel", limit)
+        bench.tell(BUSY)
+        yield from _busy(bench, traffic, url, bodies, limit)
+
+
+def _busy(bench: Bench, traffic: Traffic, url: str, bodies: Path, limit: str) -> Iterator[Sample]:
+    """Ask while the worker is at work."""
+    rate = SHARE * traffic.burst(bench.streams() * bench.steps())
+    asked: list[Asked] = []
+    failed: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            asked.append(_ask(bench, url, bodies))
+        except Exception as error:  # told by whoever waits
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, name="ask", daemon=True)
+    asking.start()
+    traffic.paced(rate, ASK_LIMIT_S, until=lambda: not asking.is_alive())
+    asking.join()
+    traffic.settle()
+    if failed:
+        raise failed[0]
+    yield from _samples(BUSY, asked[0], "carousel", limit, f"at {rate:,.0f} records/s")
+
+
+def _bare(bench: Bench, kind: str, name: str, answer: Path, bodies: Path) -> Iterator[Sample]:
+    command = [sys.executable, "-m", "deploy.bench.answer", kind, str(answer)]
+    with running(name, command, bench.directory / f"{kind}.log") as program:
+        yield from _samples(name, _ask(bench, program.wait_for_url(), bodies), "limit")
+
+
+def _samples(name: str, asked: Asked, role: Role, limit: str = "", note: str = "") -> Iterator[Sample]:
+    if asked.failed:
+        raise BenchError(f"{asked.failed} requests of `{name}` were not answered with 200")
+    yield Sample(f"{name}: requests", asked.per_second, "requests/s", role, limit and f"{limit}: requests", note)
+    for quantile, value in {"p50": asked.p50_ms, "p99": asked.p99_ms}.items():
+        suffix = f": {quantile}"
+        yield Sample(name + suffix, value, "ms", role, limit and limit + suffix, note)
+
+
+def _answer(url: str) -> bytes:
+    answer = httpx.post(f"{url}/v1/predict", json={"stream": "s0"})
+    if answer.status_code != 200:
+        raise BenchError(f"{url}/v1/predict answers {answer.status_code}: {answer.text[:200]}")
+    return answer.content
+
+
+def _ask(bench: Bench, url: str, bodies: Path) -> Asked:
+    command = [sys.executable, "-m", "deploy.bench.ask", url, str(bodies), "--seconds", str(bench.config.seconds)]
+    done = subprocess.run(  # noqa: S603  # the command is ours
+        command, capture_output=True, timeout=ASK_LIMIT_S + bench.config.seconds, check=False
+    )
+    if done.returncode:
+        raise BenchError(f"asking {url} failed: {done.stderr.decode(errors='replace').strip()[-500:]}")
+    return Asked(**json.loads(done.stdout))

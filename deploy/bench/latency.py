@@ -1,0 +1,87 @@
+"""From an observation's sending to its forecast being readable (read_committed), at given rates, beside bare clients
+with the same rhythm of flushes. All are processes, and all meet the same traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+
+from deploy.bench import against, bare
+from deploy.bench.figures import BenchError, Probe, Role, Sample
+from deploy.bench.load import (
+    GUARANTEES,
+    Bench,
+    create_topics,
+    forecast_values,
+    make_records,
+    transports,
+)
+from deploy.bench.programs import environment, running, serve
+from deploy.bench.traffic import Latencies, traffic_of
+from service.settings import Settings
+
+SHARE = 0.8
+"""Of its own highest rate, at which each is measured, too."""
+QUANTILES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+
+
+def probes(bench: Bench) -> Iterator[Probe]:
+    """By guarantee and transport: the bare client, the worker. Then the rivals."""
+    value = bench.directory / "forecast.json"
+    value.write_bytes(forecast_values(bench.settings(), make_records(1, 1))[0])
+    for guarantee, client in product(GUARANTEES, transports(bench.config)):
+        told = f"{client}, {guarantee.replace('_', ' ')}"
+        settings = partial(bench.settings, guarantee=guarantee, transport=client)
+        limit = f"{told}: the client alone"
+        alone = partial(bare.command, client, value=value)
+        yield Probe(limit, partial(_measure, bench, limit, alone, settings, "limit", ""))
+        name = f"{told}: carousel"
+        yield Probe(name, partial(_measure, bench, name, serve, settings, "carousel", limit))
+    for command in bench.config.against:
+        yield Probe(command, partial(_rival, bench, command, f"{transports(bench.config)[0]}, exactly once: carousel"))
+
+
+def _rival(bench: Bench, command: str, beside: str) -> Iterator[Sample]:
+    """A rival that fails is told of, and the others are measured all the same."""
+    try:
+        yield from _measure(bench, command, partial(_as_given, command), bench.settings, "rival", beside)
+    except BenchError as error:
+        yield Sample(f"{command}, at most", 0.0, "records/s", "rival", note=" ".join(str(error).split()))
+
+
+def _as_given(command: str, _: Settings) -> list[str]:
+    return against.split(command)
+
+
+def _measure(
+    bench: Bench,
+    name: str,
+    command: Callable[[Settings], Sequence[str]],
+    new_settings: Callable[[], Settings],
+    role: Role,
+    limit: str,
+) -> Iterator[Sample]:
+    settings = new_settings()
+    create_topics(settings)
+    streams, config = bench.streams(), bench.config
+    with (
+        running(name, command(settings), bench.directory / "latency.log", environment(settings)) as program,
+        traffic_of(settings, streams, program.check) as traffic,
+    ):
+        traffic.warm_up()
+        most = traffic.burst(streams * bench.steps())
+        yield Sample(f"{name}, at most", most, "records/s", role, limit and f"{limit}, at most")
+        rates = {f"{rate:,.0f}/s": rate for rate in config.rates} | {f"{SHARE:.0%} of that": SHARE * most}
+        for told, rate in rates.items():
+            yield from samples(traffic.paced(rate, config.seconds), name, told, role, limit)
+            traffic.settle()
+
+
+def samples(latencies: Latencies, name: str, told: str, role: Role, limit: str) -> Iterator[Sample]:
+    """The quantiles of what was measured at one rate."""
+    note = f"{latencies.unanswered:,} not answered in time: it falls behind" if latencies.unanswered else ""
+    for quantile, q in QUANTILES.items():
+        suffix = f", at {told}: {quantile}"
+        yield Sample(name + suffix, latencies.ms(q), "ms", role, limit and limit + suffix, note)

@@ -1,0 +1,111 @@
+"""What a step of the model costs a row, beside a bare LSTM and head of the same sizes; and what each part adds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from deploy.bench.figures import Probe, Sample
+from deploy.bench.load import START_MS, Bench
+from deploy.chaos.bundle import HOUR_MS
+from model.bundle import load_bundle
+from model.features import Block
+from model.follow import Follower
+from model.network import Forecaster
+from model.state import Rows
+
+UNIT = "us a row"
+WAVES = (1, 256, 1_000, 4_096)
+TIMED_S = 0.3
+"""Each is repeated for about so long, and at least `REPEATS` times; the median counts."""
+REPEATS = 5
+
+
+def probes(bench: Bench) -> Iterator[Probe]:
+    """For a model with a regression beside the network, as trained ones have, and for the network by itself."""
+    models = {"as trained": bench.model}
+    if not bench.config.model:
+        models["no regression"] = bench.made("no-regression", rank=0)
+    for told, path in models.items():
+        forecaster = load_bundle(path).forecaster
+        for wave in WAVES:
+            yield Probe(f"step, {told}, wave of {wave:,}", partial(_measure, told, forecaster, wave))
+
+
+def _measure(told: str, forecaster: Forecaster, wave: int) -> Iterator[Sample]:
+    name = f"wave of {wave:,}, {told}"
+    limit = f"{name}: bare LSTM and head"
+    steps = _bare(forecaster, wave), _network(forecaster, wave), _follower(forecaster, wave)
+    bare, network, whole = _per_row(wave, steps)
+    yield Sample(limit, bare, UNIT, "limit")
+    yield Sample(f"{name}: carousel's step, all of it", whole, UNIT, limit=limit)
+    yield Sample(f"{name}: of that, features and blending", network - bare, UNIT, limit=limit)
+    yield Sample(f"{name}: of that, scoring and calibration", whole - network, UNIT, limit=limit)
+
+
+def bare_step(forecaster: Forecaster, wave: int) -> float:
+    """Microseconds a row of `_bare`."""
+    (bare,) = _per_row(wave, [_bare(forecaster, wave)])
+    return bare
+
+
+def _bare(forecaster: Forecaster, wave: int) -> Callable[[], None]:
+    """Torch's own LSTM and a linear head of the model's sizes: no less can be done."""
+    config = forecaster.config
+    inputs = forecaster.features.inputs
+    lstm = nn.LSTM(inputs, config.hidden_size, config.layers, batch_first=True)
+    head = nn.Linear(config.hidden_size, config.horizon * len(config.quantiles))
+    x = torch.randn(wave, 1, inputs)
+    state = (torch.zeros(config.layers, wave, config.hidden_size), torch.zeros(config.layers, wave, config.hidden_size))
+
+    @torch.no_grad()
+    def step() -> None:
+        nonlocal state
+        outputs, state = lstm(x, state)
+        head(outputs[:, -1])
+
+    return step
+
+
+def _network(forecaster: Forecaster, wave: int) -> Callable[[], None]:
+    def advance(rows: Rows, block: Block) -> Rows:
+        return forecaster.advance(rows, block)[1]
+
+    return _stepping(forecaster.initial_state(wave), wave, advance)
+
+
+def _follower(forecaster: Forecaster, wave: int) -> Callable[[], None]:
+    follower = Follower(forecaster)
+    return _stepping(follower.schema.initial(wave), wave, lambda rows, block: follower.advance(rows, block).rows)
+
+
+def _stepping(rows: Rows, wave: int, advance: Callable[[Rows, Block], Rows]) -> Callable[[], None]:
+    """Observations as a day has them, for a state that goes on."""
+    values, nothing = torch.full((wave, 1), 1.0, dtype=torch.float64), torch.zeros(wave, 1, 0, dtype=torch.float64)
+    number = 0
+
+    def step() -> None:
+        nonlocal rows, number
+        number += 1
+        times = torch.full((wave, 1), START_MS + number * HOUR_MS)
+        rows = {**rows, **advance(rows, Block(values + number % 24, times, nothing))}
+
+    return step
+
+
+def _per_row(wave: int, steps: Sequence[Callable[[], None]]) -> list[float]:
+    """Microseconds a row of each of these, which are made in turn: what disturbs one disturbs the others, too."""
+    for step in steps:
+        step()  # once to warm up
+    took: list[list[float]] = [[] for _ in steps]
+    while len(took[0]) < REPEATS or sum(map(sum, took)) < TIMED_S * len(steps):
+        for step, times in zip(steps, took, strict=True):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+    return [statistics.median(times) / wave * 1e6 for times in took]
