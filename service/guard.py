@@ -95,6 +95,8 @@ def check_head(scope: Message, max_body_bytes: int) -> None:
     names = [name for name, _ in headers]
     if sum(len(name) + len(value) for name, value in headers) > HEADERS_MAX_BYTES:
         raise Refused(400, f"the headers are larger than {HEADERS_MAX_BYTES} bytes")
+    if scope["http_version"] == "1.1" and names.count(b"host") != 1:
+        raise Refused(400, "a request of HTTP/1.1 names its Host, once")
     if b"transfer-encoding" in names and b"content-length" in names:  # request smuggling begins like this
         raise Refused(400, "Transfer-Encoding and Content-Length exclude each other")
     if ".." in scope["path"].split("/"):

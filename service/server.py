@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import errno
 import logging
@@ -10,8 +11,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import ServiceError
 from service.guard import HEADERS_MAX_BYTES
@@ -25,6 +27,8 @@ KEEP_ALIVE_S = 30
 HEAD_S = 15.0
 """Time in which a connection must have brought a request's headers."""
 START_S = 30.0
+CHUNK_BYTES_MAX = 8
+"""Sent for a chunk of one byte, which nobody needs to send: 6, and some more for its extension."""
 STOP_S = 5
 """Time that requests have to end when the server stops."""
 
@@ -61,7 +65,6 @@ class HttpServer:
             limit_concurrency=CONNECTIONS_MAX,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=STOP_S,
-            h11_max_incomplete_event_size=HEADERS_MAX_BYTES,
         )
         self._server, self._on_stop = _Server(config), on_stop
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="http", daemon=True)
@@ -122,25 +125,76 @@ class _Server(uvicorn.Server):
         self.up.set()
 
 
-class _Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which would wait for ever for a request's headers; this one closes such connections."""
+class _Parser(httptools.HttpRequestParser):
+    """httptools' parser, which leaves off where a request asks for another protocol, as Java's client does of its first
+    one. None is spoken here, so such a request is read again as if it had not asked.
+    """
 
-    _overdue: asyncio.TimerHandle | None = None
+    def __init__(self, protocol: HttpToolsProtocol) -> None:
+        super().__init__(protocol)
+        self._protocol = protocol
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does: the request itself is answered
+
+    def feed_data(self, data: bytes | bytearray | memoryview | array.array[int]) -> None:
+        """Raises HttpParserError for what is no HTTP."""
+        rest = memoryview(data)
+        while True:
+            try:
+                return super().feed_data(rest)
+            except httptools.HttpParserUpgrade as asked:
+                if self.get_method() == b"CONNECT":
+                    return None
+                super().feed_data(self._plain_head())
+                rest = rest[asked.args[0] :]
+
+    def _plain_head(self) -> bytes:
+        version = self.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.get_method(), self._protocol.url, version)]
+        lines += [b"%s: %s" % pair for pair in self._protocol.headers if pair[0] != b"upgrade"]
+        return b"\r\n".join((*lines, b"", b""))
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, which would wait for ever for a request's headers, and take any number of them; this one
+    closes such connections.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parser = _Parser(self)
+        self._overdue: asyncio.TimerHandle | None = None
+        self._spent = 0
+        """Bytes that the request at hand has taken and that are no body, less what chunks may need."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        self._spent += len(data)
         super().data_received(data)
+        if self._spent > HEADERS_MAX_BYTES and not self.transport.is_closing():
+            self.send_400_response("Too much that is no body.")
         if self._idle and self._overdue is None:
             self._await_head()
         elif not self._idle:
             self._forget()
 
+    def on_body(self, body: bytes) -> None:
+        self._spent -= CHUNK_BYTES_MAX * len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._spent = 0
+        super().on_message_complete()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         super().connection_lost(exc)
+
+    def _should_upgrade(self) -> bool:
+        """Asked of a request that `_Parser` will read again: True: it is not answered yet."""
+        return self.parser.get_method() != b"CONNECT"
 
     @property
     def _idle(self) -> bool:

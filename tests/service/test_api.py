@@ -460,7 +460,7 @@ class TestBadInput:
     def test_row_8_paths(self, api: Running, path: str) -> None:
         problem_of(api.client.get(path), 404)
 
-    @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"])
+    @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
     def test_row_8_methods(self, api: Running, method: str) -> None:
         answer = api.client.request(method, "/v1/predict")
         problem_of(answer, 405)
@@ -488,6 +488,14 @@ class TestBadInput:
         started = time.monotonic()
         raw(api, *parts)
         assert time.monotonic() - started < 5
+
+    def test_an_upgrade_that_nobody_offers_is_passed_over(self, api: Running) -> None:
+        """As Java's client asks for HTTP/2 with its first request."""
+        ask = b"Host: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+        post = b"POST /v1/predict HTTP/1.1\r\n" + ask + b"Content-Type: application/json\r\nContent-Length: 21\r\n\r\n"
+        get = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        for first in (b"GET /livez HTTP/1.1\r\n" + ask + b"\r\n", post + b'{"stream":"sensor-1"}'):
+            assert raw(api, first, get).count(b"HTTP/1.1 200 ") == 2
 
     def test_row_13_while_restoring(self, start: Start) -> None:
         api = start()
@@ -525,7 +533,11 @@ class TestBadInput:
             b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
             b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+            b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"X: y\r\n" * 5_000,
+            b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;x=" + b"y" * 50_000,
             b"GET /livez HTTP/1.1\r\n\r\n",
+            b"GET /livez HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+            b"BREW /livez HTTP/1.1\r\nHost: x\r\n\r\n",
             b"\x16\x03\x01\x02\x00\x01\x00",
         ],
     )
@@ -754,7 +766,7 @@ class TestOperations:
         api.feed([record("a/b", time_at(0), 1.0)])
         for path in ("/v1/streams/a/b", "/v1/streams/a/b", "/v1/streams/c", "/x", "/y"):
             api.client.get(path)
-        api.client.request("BREW", "/v1/streams/a")
+        api.client.request("TRACE", "/v1/streams/a")
         answer = api.client.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain; version=")
         assert float(metric(api, "carousel_active_streams")) == 1
