@@ -116,7 +116,7 @@ class FusedStep:
         standard = torch.stack((forecaster.features.covariate_mean, forecaster.features.covariate_std))
         begin = torch.stack((forecaster.first_h.flatten(), forecaster.first_c.flatten()))
         self._begin = (standard.numpy(), begin.numpy().copy())
-        self._seen = (first.numpy(), upper.numpy(), looks.numpy(), regressors.numpy(), levels)
+        self._seen = (first.numpy(), upper.numpy(), looks.numpy(), regressors.numpy(), levels, np.zeros(6, np.float32))
         self._cell = CELLS[config.cell]
         outputs = [upper[number].numpy() for number in range(1, config.layers)] + [top.numpy()]
         self._layers = [(sums.numpy(), bias.numpy(), output) for (_, bias), output in zip(layers, outputs, strict=True)]
@@ -128,6 +128,7 @@ class FusedStep:
             np.ascontiguousarray(forecaster.regression.spread.numpy().T),
         )
         self._lines = _lines(follower)
+        self._scratch = _scratch(follower)
         self._found = _found(0, self)
 
     def advance(self, block: Tensor, rows: Tensor, values: Tensor, ts_ms: Tensor, covariates: Tensor) -> Stepped:
@@ -181,9 +182,9 @@ class FusedStep:
             self._cell(at, model, memory, rows, number, sums, bias, outputs)
         for product in products:
             product()
-        levels = self._seen[-1]
+        levels = self._seen[4]
         kernels.follow(
-            at, model, memory, rows, values, ts_ms, levels, self._heard, self._head, self._lines, found
+            at, model, memory, rows, values, ts_ms, levels, self._heard, self._head, self._lines, self._scratch, found
         )
 
     def _products_of(self, rows: int) -> list[Product]:
@@ -288,21 +289,39 @@ def _lines(follower: Follower) -> tuple[NDArray[Any], ...]:
     calibrated = follower.calibration
     horizons = np.array(follower.horizons, dtype=np.int64)
     ends = horizons.cumsum()
-    weights = calibrated.weights.numpy()  # of each row, two neighbours at most are not 0
-    between = (weights > 0).argmax(axis=1)
-    padded = np.pad(weights, ((0, 0), (0, 1)))
-    each = np.arange(len(weights))
     tails = anomaly.WEIGHTS / anomaly.WEIGHTS.sum()
     return (
         np.stack((ends - horizons, ends - 1)),
         horizons,
         calibrated.gain.float().numpy(),
         calibrated.share.numpy(),
-        between,
-        np.stack((padded[each, between], padded[each, between + 1])),
+        np.ascontiguousarray(calibrated.weights.numpy().T),
         np.array(follower.config.quantiles),
         tails.numpy(),
     )
+
+
+def _scratch(follower: Follower) -> tuple[NDArray[Any], ...]:
+    """What `kernels.follow` works in: a row's numbers, by the names that they have there."""
+    config, lines = follower.config, len(follower.horizons)
+    count, horizon, rank, single = len(config.quantiles), config.horizon, config.rank, np.float32
+    scratch = {
+        "quantiles": np.empty((count, horizon), single),
+        "softened": np.empty(count * horizon, single),
+        "missed": np.empty(horizon, single),
+        "factor": np.empty((rank, rank)),
+        "own": np.empty(rank),
+        "left_base": np.empty((lines, 1)),
+        "left": np.empty((lines, count), single),
+        "used": np.empty((lines, 2), single),
+        "stretch": np.zeros((lines, 2), single),
+        "counts": np.empty(lines, np.bool_),
+        "off": np.empty(lines),
+        "spare": np.ones(-(-2 * lines // 8) * 8, single),  # as many as the processor takes at once
+        "factors": np.empty((2, horizon), single),
+        "curve": np.empty(count),
+    }
+    return tuple(scratch.values())
 
 
 def _found(streams: int, step: FusedStep) -> tuple[NDArray[Any], ...]:

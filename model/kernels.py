@@ -25,7 +25,12 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "arcp"}}
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "reassoc", "arcp"},
+    "_nrt": False,  # no counting of references, a fifth of the time: so nothing is allocated in here
+}
 
 
 def compiled(function: F) -> F:
@@ -107,8 +112,10 @@ def log(x: Any) -> Any:
 
 @compiled
 def softplus(x: Any) -> Any:
-    """ln(1 + e^x) in float32. With z = e^-|x|, ln(1 + z) is 2 artanh(z / (2 + z)), whose series soon ends."""
-    z = exp(-abs(x))
+    """ln(1 + e^x) in float32. With z = e^-|x|, ln(1 + z) is 2 artanh(z / (2 + z)), whose series soon ends.
+    e^-30 is nothing beside any forecast, and squares of less would be too small for the processor's fast ways.
+    """
+    z = exp(max(-abs(x), SINGLE(-30)))
     s = z / (SINGLE(2) + z)
     q = s * s
     p = SINGLE(1 / 15) * q + SINGLE(1 / 13)
@@ -161,6 +168,12 @@ def scaled(value: Any, level: Any, scale: Any, clip: Any) -> Any:
 
 
 @compiled
+def copy(source: Array, target: Array) -> None:
+    for j in range(len(target)):
+        target[j] = source[j]
+
+
+@compiled
 def inside(rows: Array, count: Any) -> bool:
     """Whether all rows are among the first `count`: nobody else would notice."""
     outside = 0
@@ -190,12 +203,11 @@ def perceive(
     standard [2, covariates]: means and deviations. first [2, layers x hidden]: h and C of a new stream. seen, to be
     filled: inputs [n, F + hidden], the first layer's, h behind x; upper [layers, n, 2 hidden], the others', h only, from
     number 1 on; looks [n, L + H], the shortcut's; regressors [2 n, lags], of now and, below, of H steps ago;
-    levels [n].
+    levels [n]; times [6], of a year that is not looked at 0.
     """
     a, m = at[0], model[0]
-    inputs, upper, looks, regressors, levels = seen
+    inputs, upper, looks, regressors, levels, times = seen
     all64, all32, integers = block.view(np.float64), block.view(np.float32), block.view(np.int64)
-    times = np.zeros(6, np.float32)
     told_ms = ts_ms[0] - 1
     n = len(rows)
     for i in range(n):
@@ -218,7 +230,7 @@ def perceive(
         x[4] = math.log1p(row[a.gap]) / 4 if row[a.gap] else 0.0
         x[5] = math.log1p(row[a.steps]) / 8
         x[6] = min(max(math.log(naive_scale / scale), -m.clip), m.clip)
-        x[7:13] = times
+        copy(times, x[7:13])
         consider(covariates[i], standard, x[13:], m.clip)
         look(m, known, r64[a.base : a.base + m.horizon], level, scale, looks[i])
         if m.blends:
@@ -232,11 +244,11 @@ def recall(a: Any, m: Any, r32: Array, row: Array, first: Array, inputs: Array, 
     """h of a row, behind the inputs of each layer; of a new stream, h and C are those learned."""
     size = m.layers * m.hidden
     if row[a.steps] == 0:
-        r32[a.h : a.h + size] = first[0]
-        r32[a.c : a.c + size] = first[1]
-    inputs[m.inputs :] = r32[a.h : a.h + m.hidden]
+        copy(first[0], r32[a.h : a.h + size])
+        copy(first[1], r32[a.c : a.c + size])
+    copy(r32[a.h : a.h + m.hidden], inputs[m.inputs :])
     for layer in range(1, m.layers):
-        upper[layer, i, m.hidden :] = r32[a.h + layer * m.hidden : a.h + (layer + 1) * m.hidden]
+        copy(r32[a.h + layer * m.hidden : a.h + (layer + 1) * m.hidden], upper[layer, i, m.hidden :])
 
 
 @compiled
@@ -321,21 +333,22 @@ def lstm(
     a, hidden = at[0], model[0].hidden
     all32, all16 = block.view(np.float32), block.view(np.uint16)
     for i in range(len(rows)):
-        gates = sums[i]
+        gates, h = sums[i], outputs[i]
+        into, keep, candidate, out = gates[:hidden], gates[hidden:], gates[2 * hidden :], gates[3 * hidden :]
         for j in range(2 * hidden):
             gates[j] = sigmoid(gates[j] + bias[j])
-        for j in range(2 * hidden, 3 * hidden):
-            gates[j] = tanh(gates[j] + bias[j])
-        for j in range(3 * hidden, 4 * hidden):
-            gates[j] = sigmoid(gates[j] + bias[j])
+        candidate_bias, out_bias = bias[2 * hidden :], bias[3 * hidden :]
+        for j in range(hidden):
+            candidate[j] = tanh(candidate[j] + candidate_bias[j])
+        for j in range(hidden):
+            out[j] = sigmoid(out[j] + out_bias[j])
         r32 = all32[rows[i]]
         c = r32[a.c + layer * hidden : a.c + (layer + 1) * hidden]
         for j in range(hidden):
-            c[j] = gates[hidden + j] * c[j] + gates[j] * gates[2 * hidden + j]
-        h = outputs[i]
+            c[j] = keep[j] * c[j] + into[j] * candidate[j]
         for j in range(hidden):
-            h[j] = gates[3 * hidden + j] * tanh(c[j])
-        r32[a.h + layer * hidden : a.h + (layer + 1) * hidden] = h[:hidden]
+            h[j] = out[j] * tanh(c[j])
+        copy(h, r32[a.h + layer * hidden : a.h + (layer + 1) * hidden])
         show(gates, all16[rows[i]][a.gates + layer * 4 * hidden : a.gates + (layer + 1) * 4 * hidden])
 
 
@@ -347,19 +360,18 @@ def gru(
     a, hidden = at[0], model[0].hidden
     all32, all16 = block.view(np.float32), block.view(np.uint16)
     for i in range(len(rows)):
-        gates = sums[i]
-        for j in range(2 * hidden):
-            gates[j] = sigmoid(gates[j] + bias[j])
-        for j in range(2 * hidden, 4 * hidden):
+        gates, r32, output = sums[i], all32[rows[i]], outputs[i]
+        reset, update, candidate, from_h = gates[:hidden], gates[hidden:], gates[2 * hidden :], gates[3 * hidden :]
+        for j in range(4 * hidden):
             gates[j] += bias[j]
+        for j in range(2 * hidden):
+            gates[j] = sigmoid(gates[j])
         for j in range(hidden):
-            gates[2 * hidden + j] = tanh(gates[2 * hidden + j] + gates[j] * gates[3 * hidden + j])
-        r32, output = all32[rows[i]], outputs[i]
+            candidate[j] = tanh(candidate[j] + reset[j] * from_h[j])
         h = r32[a.h + layer * hidden : a.h + (layer + 1) * hidden]
         for j in range(hidden):
-            z = gates[hidden + j]
-            h[j] = z * h[j] + (SINGLE(1) - z) * gates[2 * hidden + j]
-        output[:hidden] = h
+            h[j] = update[j] * h[j] + (SINGLE(1) - update[j]) * candidate[j]
+        copy(h, output[:hidden])
         show(gates[: 3 * hidden], all16[rows[i]][a.gates + layer * 3 * hidden : a.gates + (layer + 1) * 3 * hidden])
 
 
@@ -374,7 +386,7 @@ def rnn(
         h, x = outputs[i], sums[i]
         for j in range(hidden):
             h[j] = tanh(x[j] + bias[j])
-        all32[rows[i]][a.h + layer * hidden : a.h + (layer + 1) * hidden] = h[:hidden]
+        copy(h, all32[rows[i]][a.h + layer * hidden : a.h + (layer + 1) * hidden])
 
 
 @compiled
@@ -395,25 +407,20 @@ def order(m: Any, raw: Array, bias: Array, location: Array, shift: Array, quanti
         raw[j] += bias[j]
     for j in range(m.count * horizon):
         steps[j] = softplus(raw[j])
-    center = quantiles[middle]
+    center, mine = quantiles[middle], raw[middle * horizon :]
     for h in range(horizon):
-        center[h] = raw[middle * horizon + h] + (location[h] + shift[h])
-    for q in range(middle + 1, m.count):
-        if q > middle + 1:
+        center[h] = mine[h] + (location[h] + shift[h])
+    for side in (1, -1):
+        last, sign, q = steps, SINGLE(side), middle + side
+        while 0 <= q < m.count:
+            step, quantile = steps[q * horizon :], quantiles[q]
+            if q != middle + side:
+                for h in range(horizon):
+                    step[h] += last[h]
             for h in range(horizon):
-                steps[q * horizon + h] += steps[(q - 1) * horizon + h]
-        add(center, steps[q * horizon : (q + 1) * horizon], SINGLE(1), quantiles[q])
-    for q in range(middle - 1, -1, -1):
-        if q < middle - 1:
-            for h in range(horizon):
-                steps[q * horizon + h] += steps[(q + 1) * horizon + h]
-        add(center, steps[q * horizon : (q + 1) * horizon], SINGLE(-1), quantiles[q])
-
-
-@compiled
-def add(left: Array, right: Array, times: Any, total: Array) -> None:
-    for h in range(len(total)):
-        total[h] = left[h] + times * right[h]
+                quantile[h] = center[h] + sign * step[h]
+            last = step
+            q += side
 
 
 # --- regression.py ----------------------------------------------------------------------------------------------------
@@ -645,30 +652,25 @@ def follow(
     heard: tuple[Array, ...],
     head: tuple[Array, ...],
     lines: tuple[Array, ...],
+    scratch: tuple[Array, ...],
     found: tuple[Array, ...],
 ) -> None:
     """From what the matrix products say to the forecasts and the rest of the state: `Forecaster.forecast` and `blend`,
     then `Follower.advance`.
 
     heard: raw [n, Q x H], location [n, H], parts [2 n, (1 + r) x H]. head: bias [Q x H], shift [H], rest, spread [Q, H].
-    lines: places [2, K], horizons [K], gain [K, 2], share [2], between [H], parts of it [2, H], levels [Q], weights [6].
-    found, to be filled: issued [n, Q, H], sums [K, 5], anomaly [n], opened [n, Q].
+    lines: places [2, K], horizons [K], gain [K, 2], share [2], between [K, H], levels [Q], weights [6].
+    scratch: as `model.fused` makes it. found, to be filled: issued [n, Q, H], sums [K, 5], anomaly [n], opened [n, Q].
     """
     a, m = at[0], model[0]
     raw, location, parts = heard
     bias, shift, rest, spread = head
-    places, horizons, gain, share, between, between_parts, quantile_levels, weights = lines
+    places, horizons, gain, share, between, quantile_levels, weights = lines
     issued, sums, anomaly, opened = found
+    quantiles, softened, missed, factor, own, left_base, left, used, stretch, counts, off, spare, factors, curve = scratch
     all64, all32, integers = block.view(np.float64), block.view(np.float32), block.view(np.int64)
     count, number, horizon = m.count, len(horizons), m.horizon
-    quantiles, softened = np.empty((count, horizon), np.float32), np.empty(count * horizon, np.float32)
-    missed, factor, own = np.empty(horizon, np.float32), np.empty((m.rank, m.rank)), np.empty(m.rank)
-    left_base, left = np.empty((number, 1)), np.empty((number, count), np.float32)
-    used, stretch = np.empty((number, 2), np.float32), np.zeros((number + 1, 2), np.float32)
-    counts, off = np.empty(number, np.bool_), np.empty(number)
-    spare = np.ones((2 * number + 7) // 8 * 8, np.float32)  # as many as go at once
-    factors, curve = np.empty((2, horizon), np.float32), np.empty(count)
-    n, width = len(rows), horizons.sum()
+    n, width = len(rows), places[1, number - 1] + 1
     for i in range(n):
         r64, r32, steps = all64[rows[i]], all32[rows[i]], integers[rows[i]][a.steps]
         scale, base = r64[a.scale], r64[a.base : a.base + horizon]
@@ -718,7 +720,7 @@ def follow(
             for q in range(count):
                 curve[q] = left_base[k, 0] + (middle + (above if q > m.middle else below) * (left[k, q] - middle))
             if k == 0:
-                opened[i] = curve
+                copy(curve, opened[i])
             if counts[k]:
                 settle(a, m, r64, k, values[i], left_base[k, 0], curve, quantile_levels, sums[k])
         anomaly[i] = np.nan
@@ -726,27 +728,28 @@ def follow(
             r64[a.surprise] = r64[a.surprise] / 2 + surprise(m, values[i], opened[i], quantile_levels)
             anomaly[i] = rate(r64[a.surprise], weights)
 
-        issue(m, base, scale, quantiles, stretch, between, between_parts, factors, issued[i])
+        issue(m, base, scale, quantiles, stretch, between, factors, issued[i])
 
 
 @compiled
 def issue(
-    m: Any, base: Array, scale: Any, quantiles: Array, stretch: Array, between: Array, between_parts: Array,
-    factors: Array, issued: Array
+    m: Any, base: Array, scale: Any, quantiles: Array, stretch: Array, weights: Array, factors: Array, issued: Array
 ) -> None:
-    """`Follower.standing`: the forecast as it is issued, [Q, H] in the series' own units. factors [2, H] is scratch."""
+    """`Follower.standing`: the forecast as it is issued, [Q, H] in the series' own units, from the stretch [K, 2] of the
+    settled horizons and their weights [K, H]. factors [2, H] is scratch.
+    """
     horizon, center = m.horizon, quantiles[m.middle]
     for side in range(2):
         factor = factors[side]
         for h in range(horizon):
-            k = between[h]
-            factor[h] = between_parts[0, h] * stretch[k, side] + between_parts[1, h] * stretch[k + 1, side]
+            factor[h] = 0
+        for k in range(len(weights)):
+            mine, s = weights[k], stretch[k, side]
+            for h in range(horizon):
+                factor[h] += mine[h] * s
         for h in range(horizon):
             factor[h] = exp(factor[h])
     for q in range(m.count):
         mine, factor, values = quantiles[q], factors[1 if q > m.middle else 0], issued[q]
-        if m.calibrates:
-            for h in range(horizon):
-                mine[h] = center[h] + factor[h] * (mine[h] - center[h])
         for h in range(horizon):
-            values[h] = base[h] + scale * mine[h]
+            values[h] = base[h] + scale * (center[h] + factor[h] * (mine[h] - center[h]))
