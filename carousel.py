@@ -466,11 +466,16 @@ def command_of_settings() -> Any:
         Each setting comes from its flag, else from its CAROUSEL_* variable, else from the YAML file, else from its
         default. SIGTERM or Ctrl-C ends it in order.
         """
-        from service.serve import serve
-
         settings = Settings.load(flags, config)
         setup_logging(settings.log_level)
-        serve(settings)
+        if settings.workers > 1:
+            from service.supervisor import supervise
+
+            supervise(settings)
+        else:
+            from service.serve import serve
+
+            serve(settings)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command

@@ -155,13 +155,17 @@ class Worker:
     # Gathering: no transaction is open while it waits.
 
     def _gather(self) -> Batch:
-        """The records of one commit interval, by partition; fewer if that is a lot already."""
+        """The records of one commit interval, by partition; fewer if that is a lot already. At least once, what is
+        there goes at once: no transaction is waited for.
+        """
         batch: Batch = {}
         count = size = 0
         idle_until = self._clock_s() + POLL_MS / 1000
+        eager = self.settings.guarantee == "at_least_once"
         while True:
             until = self._committed_at + self.settings.commit_interval_ms / 1000 if batch else idle_until
-            wait_ms = RESTORING_POLL_MS if self._restores else max(0, round(1000 * (until - self._clock_s())))
+            wait_ms = 0 if eager and batch else max(0, round(1000 * (until - self._clock_s())))
+            wait_ms = RESTORING_POLL_MS if self._restores else wait_ms
             polled = self.transport.poll(wait_ms, self.settings.max_poll_records - count)
             self._drop(polled.revoked)
             for partition in polled.revoked:
@@ -171,7 +175,8 @@ class Worker:
                 batch.setdefault(record.partition, []).append(record)
                 count, size = count + 1, size + len(record.value or b"")
             full = count >= self.settings.max_poll_records or size >= BATCH_BYTES_MAX
-            if full or self._restores or self._stopping.is_set() or self._clock_s() >= until:
+            drained = eager and batch and not polled.records
+            if full or drained or self._restores or self._stopping.is_set() or self._clock_s() >= until:
                 return batch
 
     def _drop(self, partitions: frozenset[int]) -> None:

@@ -32,7 +32,9 @@ FLUSH_S = 60.0
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When the worker flushes: a batch is what comes within `interval_s` of the last commit, `records` at most."""
+    """When the worker flushes: a batch is what comes within `interval_s` of the last commit, `records` at most; at least
+    once, what is there.
+    """
 
     records: int
     interval_s: float
@@ -90,9 +92,10 @@ class Bare(ABC):
         idle_until = time.monotonic() + IDLE_S
         while True:
             until = self._committed_at + self.rhythm.interval_s if batch else idle_until
-            wait_s = max(0.0, until - time.monotonic())
-            batch += self._poll(wait_s, self.rhythm.records - len(batch))
-            if len(batch) >= self.rhythm.records or time.monotonic() >= until:
+            eager = bool(batch) and not self.rhythm.exactly_once
+            came = self._poll(0.0 if eager else max(0.0, until - time.monotonic()), self.rhythm.records - len(batch))
+            batch += came
+            if len(batch) >= self.rhythm.records or time.monotonic() >= until or (eager and not came):
                 return batch
 
     @abstractmethod
