@@ -16,19 +16,18 @@ with loops that numba compiles and every buffer kept. It needs numba, the extra 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model import anomaly, calibration, features, kernels, regression, scoring
-from model.cells import GATES, Recurrence
+from model.cells import Recurrence
 from model.features import DAY_MS
 from model.follow import Follower
+from model.kernels import Array
 from model.scoring import MEASURES
 from model.state import Schema
 
@@ -43,8 +42,9 @@ class Stepped:
     """What one step of B streams brought. The tensors are the step's own and stand until the next: clone what is kept.
 
     issued [B, H, Q] float64: the forecasts as issued, in the series' own units. scores [K, 5] float64: the measures
-    (`model.scoring.MEASURES`) of what was settled, summed over the streams. anomaly [B] float64: how odd each value was;
-    NaN where nobody can say. opened [B, Q] float64: what had been forecast for this step one step before, as issued.
+    (`model.scoring.MEASURES`) of what was settled, summed over the streams. anomaly [B] float64: how odd each value
+    was; NaN where nobody can say. opened [B, Q] float64: what had been forecast for this step one step before, as
+    issued.
     """
 
     issued: Tensor
@@ -71,8 +71,8 @@ class Product:
 class FusedStep:
     """`Follower.advance` for one step, in place on rows of a block of a schema that contains the follower's.
 
-    The model's weights are copied: who changes them makes a new one. One thread at a time may step. Raises ValueError if
-    the schema lacks a tensor of the follower's.
+    The model's weights are copied: who changes them makes a new one. One thread at a time may step. Raises ValueError
+    if the schema lacks a tensor of the follower's.
     """
 
     @torch.no_grad()
@@ -82,7 +82,6 @@ class FusedStep:
             raise ValueError(f"the rows lack the tensors {sorted(spec.name for spec in missing)}")
         self._at, self._model = _offsets(follower, schema), _model(follower)
         forecaster, config = follower.forecaster, follower.config
-        single = torch.float32
         blends, learns = bool(self._model["blends"][0]), bool(self._model["blends"][0] and config.rank)
 
         # The buffers of a piece, and the products of them.
@@ -104,10 +103,10 @@ class FusedStep:
         head = forecaster.head.linear  # by quantile, not by horizon
         by_quantile = head.weight.view(config.horizon, count, hidden).transpose(0, 1).flatten(0, 1)
         self._heads = [
-            Product(top, by_quantile.T.contiguous(), raw),
-            Product(looks, forecaster.shortcut.weight.T.contiguous(), location),
+            Product(top, _kept(by_quantile.T), raw),
+            Product(looks, _kept(forecaster.shortcut.weight.T), location),
         ]
-        self._regression = Product(regressors, maps[:lags].contiguous(), parts) if blends else None
+        self._regression = Product(regressors, _kept(maps[:lags]), parts) if blends else None
         self._regressed = 1 + learns
         self._products: dict[int, list[Product]] = {}
 
@@ -115,17 +114,19 @@ class FusedStep:
         levels = np.empty(PIECE_ROWS)
         standard = torch.stack((forecaster.features.covariate_mean, forecaster.features.covariate_std))
         begin = torch.stack((forecaster.first_h.flatten(), forecaster.first_c.flatten()))
-        self._begin = (standard.numpy(), begin.numpy().copy())
+        self._begin = (standard.numpy(), _kept(begin).numpy())
         self._seen = (first.numpy(), upper.numpy(), looks.numpy(), regressors.numpy(), levels, np.zeros(6, np.float32))
         self._cell = CELLS[config.cell]
         outputs = [upper[number].numpy() for number in range(1, config.layers)] + [top.numpy()]
         self._layers = [(sums.numpy(), bias.numpy(), output) for (_, bias), output in zip(layers, outputs, strict=True)]
         self._heard = (raw.numpy(), location.numpy(), parts.numpy())
         self._head = (
-            head.bias.view(config.horizon, count).T.flatten().numpy().copy(),
-            forecaster.shortcut.bias.numpy().copy(),
-            maps[lags:].to(single).numpy().copy(),
-            np.ascontiguousarray(forecaster.regression.spread.numpy().T),
+            *(
+                _kept(bias).numpy()
+                for bias in (head.bias.view(config.horizon, count).T.flatten(), forecaster.shortcut.bias)
+            ),
+            _kept(maps[lags:]).numpy(),
+            _kept(forecaster.regression.spread.T).numpy(),
         )
         self._lines = _lines(follower)
         self._scratch = _scratch(follower)
@@ -150,8 +151,8 @@ class FusedStep:
         sums[:] = 0
         for start in range(0, streams, PIECE_ROWS):
             part = slice(start, min(start + PIECE_ROWS, streams))
-            piece = wave if streams <= PIECE_ROWS else tuple(each[part] for each in wave)
-            self._piece(memory, *piece, (issued[part], sums, anomalies[part], opened[part]))
+            piece = [each[part] for each in wave]
+            self._piece(memory, piece, (issued[part], sums, anomalies[part], opened[part]))
         return Stepped(
             torch.from_numpy(issued[:streams]).transpose(1, 2),
             torch.from_numpy(sums),
@@ -165,15 +166,9 @@ class FusedStep:
         covariates = torch.zeros(1, len(self.config.covariates), dtype=torch.float64)
         self.advance(block, one, torch.zeros(1, dtype=torch.float64), one, covariates)
 
-    def _piece(
-        self,
-        memory: NDArray[Any],
-        rows: NDArray[Any],
-        values: NDArray[Any],
-        ts_ms: NDArray[Any],
-        covariates: NDArray[Any],
-        found: tuple[NDArray[Any], ...],
-    ) -> None:
+    def _piece(self, memory: Array, wave: Sequence[Array], found: tuple[Array, ...]) -> None:
+        """The stages, in turn. wave: rows, values, ts_ms and covariates of a piece."""
+        rows, values, ts_ms, covariates = wave
         at, model = self._at, self._model
         products = iter(self._products_of(len(rows)))
         kernels.perceive(at, model, memory, rows, values, ts_ms, covariates, *self._begin, self._seen)
@@ -210,14 +205,14 @@ class FusedStep:
                 )
 
 
-def _offsets(follower: Follower, schema: Schema) -> NDArray[Any]:
+def _offsets(follower: Follower, schema: Schema) -> Array:
     at, offsets = np.zeros(1, kernels.OFFSETS), schema.offsets
     for spec in follower.schema:
         at[spec.name] = offsets[spec.name] // spec.dtype.itemsize
     return at
 
 
-def _model(follower: Follower) -> NDArray[Any]:
+def _model(follower: Follower) -> Array:
     """The sizes of a model and the constants of its parts, as the kernels take them."""
     config, forecaster, calibrated = follower.config, follower.forecaster, follower.calibration
     share = float(forecaster.regression.share)
@@ -271,20 +266,25 @@ def _model(follower: Follower) -> NDArray[Any]:
     return model
 
 
+def _kept(weights: Tensor) -> Tensor:
+    """A copy, row by row."""
+    return weights.detach().clone(memory_format=torch.contiguous_format)
+
+
 def _layer(recurrence: Recurrence, cell: str, number: int) -> tuple[Tensor, Tensor]:
     """Of a layer, one matrix for x and h behind it [inputs + hidden, sums], and the bias of the sums."""
     w, u, b_w, b_u = (each.detach() for each in recurrence.layer(number))
     if cell != "gru":
-        return torch.cat((w, u), dim=1).T.contiguous(), b_w + b_u
+        return _kept(torch.cat((w, u), dim=1).T), b_w + b_u
     # The reset gate acts on what h says to the candidate, so that is a sum apart from what x says.
     hidden = u.shape[1]
     both = 2 * hidden
-    from_x = torch.cat((w, torch.zeros_like(u)))
+    from_x = torch.cat((w, torch.zeros_like(w[both:])))
     from_h = torch.cat((u[:both], torch.zeros_like(u[both:]), u[both:]))
-    return torch.cat((from_x, from_h), dim=1).T.contiguous(), torch.cat((b_w[:both] + b_u[:both], b_w[both:], b_u[both:]))
+    return _kept(torch.cat((from_x, from_h), dim=1).T), torch.cat((b_w[:both] + b_u[:both], b_w[both:], b_u[both:]))
 
 
-def _lines(follower: Follower) -> tuple[NDArray[Any], ...]:
+def _lines(follower: Follower) -> tuple[Array, ...]:
     """The waiting lines and what is learned from them, as `kernels.follow` takes them."""
     calibrated = follower.calibration
     horizons = np.array(follower.horizons, dtype=np.int64)
@@ -301,11 +301,11 @@ def _lines(follower: Follower) -> tuple[NDArray[Any], ...]:
     )
 
 
-def _scratch(follower: Follower) -> tuple[NDArray[Any], ...]:
+def _scratch(follower: Follower) -> tuple[Array, ...]:
     """What `kernels.follow` works in: a row's numbers, by the names that they have there."""
     config, lines = follower.config, len(follower.horizons)
     count, horizon, rank, single = len(config.quantiles), config.horizon, config.rank, np.float32
-    scratch = {
+    scratch: dict[str, Array] = {
         "quantiles": np.empty((count, horizon), single),
         "softened": np.empty(count * horizon, single),
         "missed": np.empty(horizon, single),
@@ -324,7 +324,7 @@ def _scratch(follower: Follower) -> tuple[NDArray[Any], ...]:
     return tuple(scratch.values())
 
 
-def _found(streams: int, step: FusedStep) -> tuple[NDArray[Any], ...]:
+def _found(streams: int, step: FusedStep) -> tuple[Array, ...]:
     config, lines = step.config, len(step._lines[1])
     count = len(config.quantiles)
     return (

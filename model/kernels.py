@@ -68,8 +68,8 @@ MODEL = np.dtype(
         *((name, FLOAT) for name in ("forget_steps", "tail", "certain")),
     ]
 )
-"""The sizes of a model and the constants of its parts. count: of its quantiles; low, middle, high: which of them are the
-tracked ones and the median; blends, calibrates, yearly: 0 or 1."""
+"""The sizes of a model and the constants of its parts. count: of its quantiles; low, middle, high: which of them are
+the tracked ones and the median; blends, calibrates, yearly: 0 or 1."""
 
 
 # --- Functions of one number, of which the compiler takes eight at once -----------------------------------------------
@@ -77,7 +77,7 @@ tracked ones and the median; blends, calibrates, yearly: 0 or 1."""
 
 @compiled
 def exp(x: Any) -> Any:
-    """e^x in float32, to its rounding, with x cut at -87 and 88. After Cephes: 2^n by the bits, the rest a polynomial."""
+    """e^x in float32, to its rounding, with x cut at -87 and 88. After Cephes: 2^n by bits, the rest a polynomial."""
     x = min(max(x, SINGLE(-87.0)), SINGLE(88.0))
     n = np.rint(x * SINGLE(1.44269504))
     r = x - n * SINGLE(0.693359375) + n * SINGLE(2.12194440e-4)
@@ -201,9 +201,9 @@ def perceive(
     """`Features.forward`, for each row: the state as far as it goes, and what the matrix products want.
 
     standard [2, covariates]: means and deviations. first [2, layers x hidden]: h and C of a new stream. seen, to be
-    filled: inputs [n, F + hidden], the first layer's, h behind x; upper [layers, n, 2 hidden], the others', h only, from
-    number 1 on; looks [n, L + H], the shortcut's; regressors [2 n, lags], of now and, below, of H steps ago;
-    levels [n]; times [6], of a year that is not looked at 0.
+    filled: inputs [n, F + hidden], the first layer's, h behind x; upper [layers, n, 2 hidden], the others', h only,
+    from number 1 on; looks [n, L + H], the shortcut's; regressors [2 n, lags], of now and, below, of H steps ago;
+    levels [n]; times [6], in which those of a year that is not looked at stay 0.
     """
     a, m = at[0], model[0]
     inputs, upper, looks, regressors, levels, times = seen
@@ -329,7 +329,7 @@ def look(m: Any, known: Array, base: Array, level: Any, scale: Any, looks: Array
 def lstm(
     at: Array, model: Array, block: Array, rows: Array, layer: Any, sums: Array, bias: Array, outputs: Array
 ) -> None:
-    """`lstm_cell` from its sums [n, 4 hidden], which become the gates. h goes to the row and to outputs [n, >= hidden]."""
+    """`lstm_cell` from its sums [n, 4 hidden], which become gates. h goes to the row and to outputs [n, >= hidden]."""
     a, hidden = at[0], model[0].hidden
     all32, all16 = block.view(np.float32), block.view(np.uint16)
     for i in range(len(rows)):
@@ -401,7 +401,7 @@ def show(gates: Array, shown: Array) -> None:
 
 @compiled
 def order(m: Any, raw: Array, bias: Array, location: Array, shift: Array, quantiles: Array, steps: Array) -> None:
-    """`OrderedQuantiles.forward`: raw [Q x H], by quantile, and location [H], without their biases -> quantiles [Q, H]."""
+    """`OrderedQuantiles.forward`: raw [Q x H], by quantile, and location [H], yet without biases -> quantiles [Q, H]."""
     horizon, middle = m.horizon, m.middle
     for j in range(m.count * horizon):
         raw[j] += bias[j]
@@ -463,7 +463,7 @@ def learn(a: Any, m: Any, r64: Array, steps: Any, value: Any, parts: Array, miss
     for h in range(m.horizon):
         total += targets[h]
         missed[h] = SINGLE(min(max((targets[h] - start) / scale, -m.clip), m.clip)) - parts[h]
-    if not total == total:  # one was unknown
+    if total != total:  # one was unknown
         return
     keep = 1 - 1 / m.learning_memory
     gram, moment = r64[a.gram : a.gram + m.rank * m.rank], r64[a.moment : a.moment + m.rank]
@@ -547,8 +547,18 @@ def pass_on(line: Array, places: Array, width: Any, left: Array) -> None:
 
 @compiled
 def track(
-    a: Any, m: Any, r64: Array, r32: Array, missed: Array, offsets: Array, used: Array, counts: Array,
-    gain: Array, share: Array, issued: Array, spare: Array
+    a: Any,
+    m: Any,
+    r64: Array,
+    r32: Array,
+    missed: Array,
+    offsets: Array,
+    used: Array,
+    counts: Array,
+    gain: Array,
+    share: Array,
+    issued: Array,
+    spare: Array,
 ) -> None:
     """`Calibration.track`: missed [K] and offsets [K, Q] of the forecasts that left, used [K, 2] of their stretch,
     counts [K] -> issued [K, 2].
@@ -584,7 +594,9 @@ def track(
 
 
 @compiled
-def settle(a: Any, m: Any, r64: Array, k: Any, value: Any, naive: Any, opened: Array, levels: Array, sums: Array) -> None:
+def settle(
+    a: Any, m: Any, r64: Array, k: Any, value: Any, naive: Any, opened: Array, levels: Array, sums: Array
+) -> None:
     """`LiveScores.settle` of one line: the measures of opened [Q] join those of the row, and sums [5]."""
     loss = 0.0
     for q in range(m.count):
@@ -658,8 +670,8 @@ def follow(
     """From what the matrix products say to the forecasts and the rest of the state: `Forecaster.forecast` and `blend`,
     then `Follower.advance`.
 
-    heard: raw [n, Q x H], location [n, H], parts [2 n, (1 + r) x H]. head: bias [Q x H], shift [H], rest, spread [Q, H].
-    lines: places [2, K], horizons [K], gain [K, 2], share [2], between [K, H], levels [Q], weights [6].
+    heard: raw [n, Q x H], location [n, H], parts [2 n, (1 + r) x H]. head: bias [Q x H], shift [H], rest, spread
+    [Q, H]. lines: places [2, K], horizons [K], gain [K, 2], share [2], between [K, H], levels [Q], weights [6].
     scratch: as `model.fused` makes it. found, to be filled: issued [n, Q, H], sums [K, 5], anomaly [n], opened [n, Q].
     """
     a, m = at[0], model[0]
@@ -667,7 +679,9 @@ def follow(
     bias, shift, rest, spread = head
     places, horizons, gain, share, between, quantile_levels, weights = lines
     issued, sums, anomaly, opened = found
-    quantiles, softened, missed, factor, own, left_base, left, used, stretch, counts, off, spare, factors, curve = scratch
+    quantiles, softened, missed, factor, own, left_base, left, used, stretch, counts, off, spare, factors, curve = (
+        scratch
+    )
     all64, all32, integers = block.view(np.float64), block.view(np.float32), block.view(np.int64)
     count, number, horizon = m.count, len(horizons), m.horizon
     n, width = len(rows), places[1, number - 1] + 1
@@ -735,8 +749,8 @@ def follow(
 def issue(
     m: Any, base: Array, scale: Any, quantiles: Array, stretch: Array, weights: Array, factors: Array, issued: Array
 ) -> None:
-    """`Follower.standing`: the forecast as it is issued, [Q, H] in the series' own units, from the stretch [K, 2] of the
-    settled horizons and their weights [K, H]. factors [2, H] is scratch.
+    """`Follower.standing`: the forecast as it is issued, [Q, H] in the series' own units, from the stretch [K, 2] of
+    the settled horizons and their weights [K, H]. factors [2, H] is scratch.
     """
     horizon, center = m.horizon, quantiles[m.middle]
     for side in range(2):
