@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from operator import methodcaller
 from typing import Any
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -50,6 +51,7 @@ librdkafka_log = logging.getLogger("kafka.librdkafka")
 
 BOOTSTRAP_TIMEOUT_MS = 5_000
 ANSWER_TIMEOUT_S = ANSWER_TIMEOUT_MS / 1000
+BEGIN_TIMEOUT_S = 15.0
 METADATA_TIMEOUT_S = 5.0
 FULL_WAIT_S = 0.1
 LEAVE_TIMEOUT_S = 1.0
@@ -117,7 +119,7 @@ class Librdkafka:
         self._positions: dict[int, int] = {}
         """Of the started partitions: the offset after what was polled."""
         self._joined = False
-        self._failure: KafkaError | None = None
+        self._failure: KafkaException | None = None
         """What polling met, to be raised once the records before it have been handed out."""
         self._undelivered: list[tuple[int, str, KafkaError]] = []
         """Of each record that failed its size, its topic and why."""
@@ -132,7 +134,7 @@ class Librdkafka:
                 self._admin = AdminClient(self._common | {"log_level": 0})  # what it says goes to stderr, unasked
                 self._producer = self._new_producer(min(batch_bytes, BATCH_BYTES_MAX))
                 if self._exactly:
-                    self._producer.init_transactions(self._transaction_s)  # ends what this worker's last life left open
+                    self._producer.init_transactions(BEGIN_TIMEOUT_S)  # ends what this worker's last life left open
                 self._consumer = self._new_consumer()
         except BaseException:
             self.close()
@@ -247,7 +249,7 @@ class Librdkafka:
             elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
                 log.warning("%s", error.str())  # what follows from it, the callbacks are told
             else:
-                self._failure = error
+                self._failure = _failure_of(message)
                 return
 
     def _reached(self, partition: int, offset: int) -> None:
@@ -257,18 +259,22 @@ class Librdkafka:
     def _raise_failure(self) -> None:
         if self._failure is None:
             return
-        if self._failure.code() in GONE:
+        if self._failure.args[0].code() in GONE:
             raise DisconnectedError(f"topic {self.topic} is gone")
         with self._answered(f"polling {self.topic}"):
-            raise KafkaException(self._failure)
+            raise self._failure
 
     def _check_url(self) -> None:
         """Once whoever had the slot before is surely gone, see that the group knows this worker by its own URL."""
         if time.monotonic() < self._url_due_s or not self.stable:
             return
-        self._url_due_s = math.inf
-        with self._answered("the group"), closing(KafkaAdminClient(**self._admin_config)) as admin:
-            rejoin_if_renamed(admin, self.settings, self._common["client.id"])
+        self._url_due_s += self.settings.session_timeout_ms / 1000
+        try:
+            with closing(KafkaAdminClient(**self._admin_config | {"bootstrap_timeout_ms": ANSWER_TIMEOUT_MS})) as admin:
+                rejoin_if_renamed(admin, self.settings, self._common["client.id"])
+            self._url_due_s = math.inf
+        except KafkaPythonError as error:
+            log.debug("asking for the group's members: %s; again later", line(error))
 
     def _check_settled(self) -> None:
         if self.stable:
@@ -299,10 +305,10 @@ class Librdkafka:
                 self._producer.send_offsets_to_transaction(self._offsets(offsets), member, self._transaction_s)
                 self._producer.commit_transaction(self._transaction_s)
             except KafkaException as error:
-                self._give_up(error.args[0], began_s)
+                self._give_up(error.args[0], outgoing, began_s)
                 raise
 
-    def _give_up(self, error: KafkaError, began_s: float) -> None:
+    def _give_up(self, error: KafkaError, outgoing: Sequence[Outgoing], began_s: float) -> None:
         """Abort a transaction that failed, and raise what is to be said of it, if that is not simply the error."""
         if error.code() in FENCED:
             if self.settings.slot and time.monotonic() - began_s < self._transaction_s / 2:
@@ -313,6 +319,8 @@ class Librdkafka:
         self._blame()
         if error.code() in MOVED_ON:
             raise AbortedError(error.str())
+        if error.code() in SILENT and len(self._producer):
+            raise _late(outgoing, self._transaction_s)
 
     def _send(self, outgoing: Sequence[Outgoing], until_s: float) -> None:
         """Hand records to librdkafka, which sends them while it is given more. It has a bound: then wait for room."""
@@ -325,7 +333,7 @@ class Librdkafka:
                 except BufferError:
                     self._producer.poll(FULL_WAIT_S)
                     if time.monotonic() > until_s:
-                        raise DisconnectedError(f"records for {o.topic} could not be delivered in time") from None
+                        raise _late(outgoing, DELIVERY_TIMEOUT_S) from None
                 except KafkaException as error:
                     self._undelivered.append((len(o.value or b""), o.topic, error.args[0]))
                     raise
@@ -342,8 +350,7 @@ class Librdkafka:
             left = self._producer.flush(max(0.0, until_s - time.monotonic()))
         self._blame()
         if left:
-            topics = ", ".join(sorted({o.topic for o in outgoing}))
-            raise DisconnectedError(f"records for {topics} could not be delivered within {timeout_s:g} s")
+            raise _late(outgoing, timeout_s)
 
     def _blame(self) -> None:
         """Raise what it means that a record failed. Of several the largest is to blame: others fail with it."""
@@ -412,7 +419,7 @@ class Librdkafka:
                     elif error.code() == KafkaError._PARTITION_EOF:  # past records that were not committed
                         reached = message.offset()
                     else:
-                        raise KafkaException(error)
+                        raise _failure_of(message)
                 yield [record for record in _records_of(topic, batch) if record.offset < end]
 
     def start(self, partition: int, offset: int) -> None:
@@ -455,15 +462,16 @@ class Librdkafka:
                 if consumer:
                     self._leave(consumer)
                 if producer:
-                    producer.purge()  # what it still holds is of a commit that failed; else it would be waited for
-                    producer.close()
+                    # What it still holds is of a commit that failed. Its close() would wait for that, and then complain
+                    # of an open transaction on stderr: it simply goes, once nobody refers to it.
+                    producer.purge()
             except (KafkaException, RuntimeError) as error:  # whatever it was, this session is over
                 log.debug("while hanging up: %s", line(error))
         self._watchdog.stop()
 
     def _leave(self, consumer: Consumer) -> None:
-        # An assignment of which nobody was told yet would stop close() for good, and with it the whole process, watchdog
-        # and all (trap 17). So first see that none can come, and hear of those that did.
+        # An assignment of which nobody was told yet would stop close() for good, and the process with it, watchdog and
+        # all (trap 17). So first see that none can come, and hear of those that did.
         consumer.unsubscribe()
         until_s = time.monotonic() + LEAVE_TIMEOUT_S
         while (self._held or consumer.memberid()) and time.monotonic() < until_s:
@@ -476,18 +484,18 @@ class Librdkafka:
         try:
             yield
         except KafkaException as error:
-            raise self._meaning(what, error.args[0]) from error
+            raise self._meaning(what, *error.args) from error
         except (KafkaConnectionError, KafkaTimeoutError) as error:
             raise unanswered(self.settings) from error
         except KafkaPythonError as error:
             raise refused(self.settings, f"{what}: {line(error)}", getattr(error, "retriable", False)) from error
 
-    def _meaning(self, what: str, error: KafkaError) -> CarouselError:
+    def _meaning(self, what: str, error: KafkaError, where: str = "") -> CarouselError:
         code, told = error.code(), f"{what}: {error.str()}"
         if code == KafkaError.FENCED_INSTANCE_ID:
             return taken(self.settings)
         if code in DAMAGED:
-            return ServiceError(f"{what}: a damaged batch cannot be read: {error.str()}")
+            return ServiceError(f"{what}: a damaged batch {where} cannot be read: {error.str()}")
         if code in LOST:
             return LostStateError(f"input of {self.topic} that is still needed is gone: {error.str()}")
         if code in SILENT:
@@ -504,6 +512,15 @@ def _checked(tps: list[TopicPartition]) -> list[TopicPartition]:
     return tps
 
 
+def _late(outgoing: Sequence[Outgoing], timeout_s: float) -> DisconnectedError:
+    topics = ", ".join(sorted({o.topic for o in outgoing}))
+    return DisconnectedError(f"records for {topics} could not be delivered within {timeout_s:g} s")
+
+
+def _failure_of(message: Any) -> KafkaException:
+    return KafkaException(message.error(), f"of {message.topic()}, partition={message.partition()},")
+
+
 def _taken(consumer: Consumer, most: int, timeout_s: float) -> list[Any]:
     """Up to so many messages, once there are any: consume() by itself waits for all of them, or for all of the time."""
     messages: list[Any] = consumer.consume(1, timeout_s)
@@ -517,10 +534,19 @@ def _records_of(topic: str, messages: Sequence[Any]) -> list[Record]:
 
 
 def _headers_of(message: Any) -> Headers:
-    """All headers, or the name of the first that is not UTF-8, with surrogates, for which `parse` has a dead letter.
-    The others cannot be had then: asked again, confluent-kafka gives tuples that crash whoever looks at them.
+    """All headers, or the name of the first that is not UTF-8, with surrogates, for which `parse` has a dead letter:
+    the others cannot be had then (trap 16).
     """
     try:
-        return message.headers() or ()
-    except UnicodeDecodeError as error:
-        return [(error.object.decode(errors="surrogateescape"), None)]
+        return _all_headers(message) or ()
+    except (SystemError, UnicodeDecodeError) as error:
+        cause = error.__cause__ if isinstance(error, SystemError) else error
+        if not isinstance(cause, UnicodeDecodeError):
+            raise
+        return [(cause.object.decode(errors="surrogateescape"), None)]
+
+
+_all_headers = methodcaller("headers")
+"""Trap 16: where a name is not UTF-8, headers() gives what crashes whoever looks at it, and an exception that comes up
+anywhere later. Called in this way, at once.
+"""
