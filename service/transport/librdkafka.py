@@ -471,7 +471,10 @@ class Librdkafka:
 
     def _leave(self, consumer: Consumer) -> None:
         # An assignment of which nobody was told yet would stop close() for good, and the process with it, watchdog and
-        # all (trap 17). So first see that none can come, and hear of those that did.
+        # all (trap 17). So first hear of those that there are, and see that no more can come.
+        if self.settings.slot:
+            consumer.consume(QUEUED_MAX, 0)  # to unsubscribe would give its place up: it simply goes, like the producer
+            return
         consumer.unsubscribe()
         until_s = time.monotonic() + LEAVE_TIMEOUT_S
         while (self._held or consumer.memberid()) and time.monotonic() < until_s:

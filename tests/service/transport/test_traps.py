@@ -284,7 +284,7 @@ def test_values_may_be_any_bytes(settings: Settings, connect: Connect) -> None:
     assert [record.value for record in polled(transport, 4)] == [b"1", b"\xff", b"", b"{"]
 
 
-# 7: so does a header's name that is not UTF-8. 16: of librdkafka, what headers() then gives crashes whoever looks at it.
+# 7: so does a header's name that is not UTF-8. 16: librdkafka then gives what crashes whoever looks.
 class OddName(str):
     """A header's name that a producer of another language may send."""
 
@@ -490,6 +490,6 @@ def test_records_that_are_small_enough_one_by_one_are_delivered(
 @pytest.mark.parametrize("slot", ["a", ""])
 def test_a_session_may_end_before_it_was_told_what_it_was_assigned(settings: Settings, slot: str) -> None:
     create(settings, observations=1)
-    with session(settings.model_copy(update={"slot": slot})) as transport:
+    with session(settings.model_copy(update={"slot": slot})):
         until("the assignment", lambda: group_is("Stable", settings))
     assert group_is("Stable" if slot else "Empty", settings), "of a slot, its place is kept"
