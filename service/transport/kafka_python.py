@@ -52,6 +52,7 @@ from service.transport.session import (
     UNSETTLED_S,
     Watchdog,
     line,
+    note_of,
     refused,
     taken,
     unanswered,
@@ -302,7 +303,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             raise TimeoutError from error
         except KafkaError as error:
             raise DisconnectedError(line(error)) from error
-        return None if found is None else Offset(found.offset, found.metadata or "")
+        return None if found is None else Offset(found.offset, note_of(found.metadata))
 
     def bounds(self, topic: str, partition: int) -> Bounds:
         tp = TopicPartition(topic, partition)

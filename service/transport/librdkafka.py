@@ -1,7 +1,7 @@
 """The contract on librdkafka, by confluent-kafka: several times faster than kafka-python, and compiled.
 
-Topics and the group are looked after by kafka-python all the same: librdkafka can neither throw a member out, nor tell
-what another one was assigned.
+Topics and the group are looked after by kafka-python all the same, in what is rare: librdkafka can neither throw a
+member out, nor tell what another one was assigned, nor what was noted beside an offset.
 
 What can be said to have failed without effect is an AbortedError. After anything else about a commit nobody knows, and
 only a new session can tell: its producer, by the same transactional id, ends what the old one left open.
@@ -20,7 +20,8 @@ from typing import Any
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka import TopicPartition as KafkaPythonPartition
 from kafka.errors import KafkaConnectionError, KafkaTimeoutError
 from kafka.errors import KafkaError as KafkaPythonError
 
@@ -40,6 +41,7 @@ from service.transport.session import (
     UNSETTLED_S,
     Watchdog,
     line,
+    note_of,
     refused,
     taken,
     unanswered,
@@ -87,7 +89,6 @@ LOST = {
 }
 DAMAGED = {KafkaError._BAD_MSG, KafkaError._BAD_COMPRESSION, KafkaError.INVALID_MSG}
 SILENT = {KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._RESOLVE}
-UNSETTLED = {KafkaError._TIMED_OUT, KafkaError.UNSTABLE_OFFSET_COMMIT}
 PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}
 """Records that fail so, fail because another did."""
 
@@ -376,14 +377,22 @@ class Librdkafka:
         return [TopicPartition(self.topic, p, o.offset, o.note) for p, o in offsets.items()]
 
     def committed(self, partition: int) -> Offset | None:
+        # By kafka-python, and anew each time: confluent-kafka ends each note with a zero byte that it sends along, and
+        # reads one that has none on into whatever lies behind it (trap 18).
         with self._answered("where the group stands"):
-            try:
-                (found,) = _checked(self._consumer.committed(self._tps([partition]), ANSWER_TIMEOUT_S / 2))
-            except KafkaException as error:
-                if error.args[0].code() in UNSETTLED:
+            asking = KafkaConsumer(
+                **self._admin_config,
+                group_id=self.settings.group_id,
+                isolation_level="read_committed",
+                enable_auto_commit=False,
+            )
+            with closing(asking):
+                try:
+                    tp = KafkaPythonPartition(self.topic, partition)
+                    found = asking.committed(tp, metadata=True, timeout_ms=ANSWER_TIMEOUT_MS)
+                except KafkaTimeoutError as error:
                     raise TimeoutError from error
-                raise
-        return None if found.offset < 0 else Offset(found.offset, found.metadata or "")
+        return None if found is None else Offset(found.offset, note_of(found.metadata))
 
     def bounds(self, topic: str, partition: int) -> Bounds:
         tp = TopicPartition(topic, partition)

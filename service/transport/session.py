@@ -34,6 +34,11 @@ def taken(settings: Settings) -> ServiceError:
     return ServiceError(f"another worker has taken slot {settings.slot!r} of group {settings.group_id}: this one ends")
 
 
+def note_of(metadata: str | None) -> str:
+    """What was noted beside an offset, by whichever client: librdkafka's ends each with a zero byte."""
+    return (metadata or "").rstrip("\0")
+
+
 def unanswered(settings: Settings) -> DisconnectedError:
     return DisconnectedError(f"no Kafka broker answers at {settings.bootstrap_servers}")
 

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kafka.structs import OffsetAndMetadata
 from deploy.broker import BrokerConfig, EmbeddedBroker
 from service.errors import AbortedError, DisconnectedError, LostStateError, ServiceError
 from service.settings import Settings
+from service.transport import CLIENTS
 from service.transport.contract import Bounds, Offset, Transport
 from tests.served import until
 from tests.service.transport.conftest import (
@@ -38,6 +39,7 @@ from tests.service.transport.conftest import (
     started,
     thrown_out,
     visible,
+    where_it_stands,
 )
 
 # Topics.
@@ -163,6 +165,31 @@ def test_a_second_member_takes_partitions_over_and_both_are_told(settings: Setti
 
     until("a record of each partition", all_found, 30)
     assert found == held
+
+
+@pytest.mark.parametrize("slots", ["ab", ("", "")], ids=["slots", "no slots"])
+def test_workers_on_different_clients_share_a_group(
+    settings: Settings, connect: Connect, client: str, slots: Sequence[str]
+) -> None:
+    """So that one can be changed for the other, worker by worker. Who comes first shares out."""
+    (other,) = set(CLIENTS) - {client}
+    create(settings, observations=4)
+    first = connect(slot=slots[0])
+    started(first, 0, 1, 2, 3)
+    first.commit([], {p: Offset(0, "first") for p in range(4)}, [])
+    second = connect(slot=slots[1], transport=other)
+    held: dict[Transport, set[int]] = {first: {0, 1, 2, 3}, second: set()}
+    until("a fair share", lambda: shared(held, 2), 30)
+    assert held[first] | held[second] == {0, 1, 2, 3}
+    for transport, partitions in held.items():
+        transport.commit([], {p: Offset(1, "own") for p in partitions}, [])
+    with pytest.raises(AbortedError):
+        second.commit([], {p: Offset(7, "not its own") for p in held[first]}, [])
+    assert {where_it_stands(first, p) for p in range(4)} == {Offset(1, "own")}
+    first.close()
+    third = connect(slot=slots[0], transport=other)
+    held = {third: set(), second: held[second]}
+    until("what the first one had", lambda: shared(held, 2), 30)
 
 
 def test_the_next_life_of_a_slot_has_its_partitions_at_once(settings: Settings, connect: Connect) -> None:

@@ -456,6 +456,7 @@ def test_nothing_is_left_of_a_session_that_could_not_deliver(wire: Wire, wired: 
 
 
 # 13: an answer that came too late is given as soon as it is asked for again, however old it is then.
+@only_kafka_python
 def test_what_the_group_stands_at_is_never_told_late(wire: Wire, wired: Settings) -> None:
     with session(wired, SLOW) as transport:
         started(transport, 0)
