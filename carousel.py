@@ -417,6 +417,9 @@ def chaos(
     guarantee: Annotated[
         str | None, typer.Option(help="exactly_once or at_least_once.  \\[default: exactly_once]")
     ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="kafka-python or librdkafka.  \\[default: kafka-python]")
+    ] = None,
     limit_s: Annotated[float | None, typer.Option(help="Give up after so many seconds.  \\[default: 1800]")] = None,
 ) -> None:
     """Torment workers and Kafka with a seeded plan of faults, then prove that the forecasts are as if nothing happened.

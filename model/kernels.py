@@ -401,7 +401,7 @@ def show(gates: Array, shown: Array) -> None:
 
 @compiled
 def order(m: Any, raw: Array, bias: Array, location: Array, shift: Array, quantiles: Array, steps: Array) -> None:
-    """`OrderedQuantiles.forward`: raw [Q x H], by quantile, and location [H], yet without biases -> quantiles [Q, H]."""
+    """`OrderedQuantiles.forward`: raw [Q x H], by quantile, and location [H], without biases -> quantiles [Q, H]."""
     horizon, middle = m.horizon, m.middle
     for j in range(m.count * horizon):
         raw[j] += bias[j]

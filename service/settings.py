@@ -52,6 +52,10 @@ class Settings(BaseSettings):
         " back at once. Each worker needs its own; empty: none.",
     )
 
+    transport: Literal["kafka-python", "librdkafka"] = Field(
+        "kafka-python",
+        description="Client that speaks with Kafka: pure Python, or the faster librdkafka, of the extra `fast`.",
+    )
     guarantee: Literal["exactly_once", "at_least_once"] = Field(
         "exactly_once", description="What readers (read_committed) see of a forecast when workers fail."
     )

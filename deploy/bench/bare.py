@@ -32,8 +32,8 @@ FLUSH_S = 60.0
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When the worker flushes: a batch is what comes within `interval_s` of the last commit, `records` at most; at least
-    once, what is there.
+    """When the worker flushes: a batch is what comes within `interval_s` of the last commit, `records` at most; at
+    least once, what is there.
     """
 
     records: int
