@@ -20,6 +20,9 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -41,6 +44,25 @@ def compiled(function: F) -> F:
         return cast(F, numba.njit(cache=True, **OPTIONS)(function))
     except RuntimeError:  # no locator available
         return cast(F, numba.njit(**OPTIONS)(function))
+
+
+def _fetching(_: Any, array: Any, place: Any) -> Any:
+    """Ask the processor for the memory at a place of an array of bytes, and do not wait for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        kinds = [ir.IntType(32)] * 3
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch.p0", fnty=ir.FunctionType(ir.VoidType(), [data.type, *kinds])
+        )
+        numbers = [ir.Constant(kind, value) for kind, value in zip(kinds, (0, 2, 1), strict=True)]  # read, L2, data
+        builder.call(prefetch, [builder.gep(data, [arguments[1]]), *numbers])
+        return context.get_dummy_value()
+
+    return types.void(array, place), generate
+
+
+_fetch: Any = intrinsic(_fetching)
 
 
 INT, FLOAT, SINGLE = np.int64, np.float64, np.float32
@@ -174,6 +196,22 @@ def copy(source: Array, target: Array) -> None:
 
 
 @compiled
+def fetch(row: Array, first: Any, size: Any) -> None:
+    """Ask for bytes of a row that are soon needed. States come from far away: a few of their lines at a time come while
+    something is computed, many at once would be waited for.
+    """
+    for place in range(first, first + size, 64):
+        _fetch(row, place)
+
+
+@compiled
+def foresee(a: Any, m: Any, row: Array, layer: Any, part: Any) -> None:
+    """Ask for a part, 0 ... 3, of a layer's share of what `follow` will need of a row: it lies in one piece."""
+    size = 8 * (a.surprise - a.scale) // (4 * m.layers) + 1
+    fetch(row, 8 * a.scale + (4 * layer + part) * size, size)
+
+
+@compiled
 def inside(rows: Array, count: Any) -> bool:
     """Whether all rows are among the first `count`: nobody else would notice."""
     outside = 0
@@ -212,16 +250,20 @@ def perceive(
     n = len(rows)
     for i in range(n):
         r64, r32, row = all64[rows[i]], all32[rows[i]], integers[rows[i]]
+        following, third = block[rows[min(i + 1, n - 1)]], 8 * (m.past + 7) // 3 + 1
+        fetch(following, 8 * a.values, third)
         if ts_ms[i] != told_ms:  # the streams of a wave often share a clock
             told_ms = ts_ms[i]
             calendar(m, told_ms, times)
         recall(a, m, r32, row, first, inputs[i], upper, i)
         known = r64[a.values : a.values + m.past]
         naive = fill(known, values[i], m.season)
+        fetch(following, 8 * a.values + third, third)
         level, scale, naive_scale = remember(a, m, r64, values[i], naive)
         levels[i], r64[a.scale] = level, scale
         row[a.steps] += 1
         row[a.gap] = 0 if values[i] == values[i] else row[a.gap] + 1
+        fetch(following, 8 * a.values + 2 * third, third)
         x = inputs[i]
         x[0] = scaled(values[i], level, scale, m.clip)
         x[1] = scaled(naive, level, scale, m.clip)
@@ -233,6 +275,7 @@ def perceive(
         copy(times, x[7:13])
         consider(covariates[i], standard, x[13:], m.clip)
         look(m, known, r64[a.base : a.base + m.horizon], level, scale, looks[i])
+        fetch(following, 4 * a.h, 4 * m.layers * m.hidden)
         if m.blends:
             regress(m, known, 0, scale, regressors[i])
             if m.rank:
@@ -330,22 +373,30 @@ def lstm(
     at: Array, model: Array, block: Array, rows: Array, layer: Any, sums: Array, bias: Array, outputs: Array
 ) -> None:
     """`lstm_cell` from its sums [n, 4 hidden], which become gates. h goes to the row and to outputs [n, >= hidden]."""
-    a, hidden = at[0], model[0].hidden
+    a, m = at[0], model[0]
+    hidden = m.hidden
     all32, all16 = block.view(np.float32), block.view(np.uint16)
     for i in range(len(rows)):
+        row = block[rows[i]]
+        fetch(row, 4 * (a.c + layer * hidden), 4 * hidden)
+        fetch(row, 2 * (a.gates + layer * 4 * hidden), 8 * hidden)
         gates, h = sums[i], outputs[i]
         into, keep, candidate, out = gates[:hidden], gates[hidden:], gates[2 * hidden :], gates[3 * hidden :]
         for j in range(2 * hidden):
             gates[j] = sigmoid(gates[j] + bias[j])
+        foresee(a, m, row, layer, 0)
         candidate_bias, out_bias = bias[2 * hidden :], bias[3 * hidden :]
         for j in range(hidden):
             candidate[j] = tanh(candidate[j] + candidate_bias[j])
+        foresee(a, m, row, layer, 1)
         for j in range(hidden):
             out[j] = sigmoid(out[j] + out_bias[j])
+        foresee(a, m, row, layer, 2)
         r32 = all32[rows[i]]
         c = r32[a.c + layer * hidden : a.c + (layer + 1) * hidden]
         for j in range(hidden):
             c[j] = keep[j] * c[j] + into[j] * candidate[j]
+        foresee(a, m, row, layer, 3)
         for j in range(hidden):
             h[j] = out[j] * tanh(c[j])
         copy(h, r32[a.h + layer * hidden : a.h + (layer + 1) * hidden])
@@ -357,9 +408,12 @@ def gru(
     at: Array, model: Array, block: Array, rows: Array, layer: Any, sums: Array, bias: Array, outputs: Array
 ) -> None:
     """`gru_cell` from its sums [n, 4 hidden]: r, z, and what x and h say to n, apart."""
-    a, hidden = at[0], model[0].hidden
+    a, m = at[0], model[0]
+    hidden = m.hidden
     all32, all16 = block.view(np.float32), block.view(np.uint16)
     for i in range(len(rows)):
+        for part in range(4):
+            foresee(a, m, block[rows[i]], layer, part)
         gates, r32, output = sums[i], all32[rows[i]], outputs[i]
         reset, update, candidate, from_h = gates[:hidden], gates[hidden:], gates[2 * hidden :], gates[3 * hidden :]
         for j in range(4 * hidden):
