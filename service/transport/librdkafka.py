@@ -223,8 +223,9 @@ class Librdkafka:
 
     @property
     def partitions(self) -> int:
+        # The consumer would send the question behind its fetches, which wait for records.
         with self._answered(f"how many partitions {self.topic} has"):
-            return len(self._consumer.list_topics(self.topic, METADATA_TIMEOUT_S).topics[self.topic].partitions)
+            return len(self._admin.list_topics(self.topic, METADATA_TIMEOUT_S).topics[self.topic].partitions)
 
     def poll(self, timeout_ms: int, max_records: int) -> Polled:
         self._raise_failure()
