@@ -56,6 +56,8 @@ ANSWER_TIMEOUT_S = ANSWER_TIMEOUT_MS / 1000
 BEGIN_TIMEOUT_S = 15.0
 METADATA_TIMEOUT_S = 5.0
 FULL_WAIT_S = 0.1
+READ_WAIT_MS = 10
+"""By default, a partition is said to be at its end after half a second."""
 LEAVE_TIMEOUT_S = 1.0
 LEAVE_POLL_S = 0.01
 BATCH_BYTES_MAX = 1_000_000
@@ -79,6 +81,8 @@ FENCED = {
     KafkaError.TRANSACTION_COORDINATOR_FENCED,
 }
 """Another has taken this producer's transactional id, or its coordinator has, after a transaction took too long."""
+SLOT_FENCED = KafkaError(KafkaError.FENCED_INSTANCE_ID).str()
+"""What a consumer's fatal error tells of its cause."""
 MOVED_ON = {KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS}
 GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
 LOST = {
@@ -219,8 +223,9 @@ class Librdkafka:
 
     @property
     def partitions(self) -> int:
+        # The consumer would send the question behind its fetches, which wait for records.
         with self._answered(f"how many partitions {self.topic} has"):
-            return len(self._consumer.list_topics(self.topic, METADATA_TIMEOUT_S).topics[self.topic].partitions)
+            return len(self._admin.list_topics(self.topic, METADATA_TIMEOUT_S).topics[self.topic].partitions)
 
     def poll(self, timeout_ms: int, max_records: int) -> Polled:
         self._raise_failure()
@@ -415,7 +420,8 @@ class Librdkafka:
             return
         with self._answered(f"reading {topic}"):
             # A member of no group: that would take a subscription.
-            reader = Consumer(self._common | FETCHING | {"group.id": self.settings.group_id}, logger=librdkafka_log)
+            config = {"group.id": self.settings.group_id, "fetch.wait.max.ms": READ_WAIT_MS}
+            reader = Consumer(self._common | FETCHING | config, logger=librdkafka_log)
             reader.assign([TopicPartition(topic, partition, first)])
             reached = first
             while reached < end:
@@ -504,7 +510,7 @@ class Librdkafka:
 
     def _meaning(self, what: str, error: KafkaError, where: str = "") -> CarouselError:
         code, told = error.code(), f"{what}: {error.str()}"
-        if code == KafkaError.FENCED_INSTANCE_ID:
+        if code == KafkaError.FENCED_INSTANCE_ID or (code == KafkaError._FATAL and SLOT_FENCED in error.str()):
             return taken(self.settings)
         if code in DAMAGED:
             return ServiceError(f"{what}: a damaged batch {where} cannot be read: {error.str()}")
