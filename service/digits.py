@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from model.grid import Int64s
@@ -39,19 +41,19 @@ def write(values: NDArray[np.float64], decimals: Int64s, keys: Sequence[str]) ->
     padded = [head.ljust(-len(head) // 8 * -8, b" ") for head in heads]
     words = np.frombuffer(b"".join(padded), dtype=np.uint64)
     ends, lengths = np.cumsum([len(head) // 8 for head in padded]), np.array([len(head) for head in heads])
-    width = len(words) + (values.shape[1] * values.shape[2] * NUMBER_BYTES + 16) // 8
-    text, sizes = np.empty((ROWS_AT_ONCE, width), dtype=np.uint64), np.empty(ROWS_AT_ONCE, dtype=np.int64)
+    width = 8 * len(words) + values.shape[1] * values.shape[2] * NUMBER_BYTES + 8
+    text, sizes = np.empty((ROWS_AT_ONCE, width), dtype=np.uint8), np.empty(ROWS_AT_ONCE, dtype=np.int64)
     for start in range(0, len(values), ROWS_AT_ONCE):
         some = np.ascontiguousarray(values[start : start + ROWS_AT_ONCE])
         _write(some, decimals[start : start + ROWS_AT_ONCE], words, ends, lengths, text, sizes)
-        for row, size in zip(text.view(np.uint8), sizes[: len(some)].tolist(), strict=False):
+        for row, size in zip(text, sizes[: len(some)].tolist(), strict=False):
             yield row[2:size].tobytes() if size else None  # without the first "],"
 
 
 @njit(inline="always", error_model="numpy")
 def _digits(number):  # type: ignore[no-untyped-def]
     """Eight digits as eight bytes, the first one lowest."""
-    number = np.uint64(number)
+    number = np.uint64(np.int64(number))  # from a double it is cheaper so
     high = number // np.uint64(10_000)
     pair = high | ((number - np.uint64(10_000) * high) << np.uint64(32))
     hundreds = ((pair * np.uint64(10_486)) >> np.uint64(20)) & np.uint64(0x7F0000007F)
@@ -60,21 +62,26 @@ def _digits(number):  # type: ignore[no-untyped-def]
     return (((four - np.uint64(10) * tens) << np.uint64(8)) + tens) | _ZEROS
 
 
+@intrinsic
+def _store(typing_context, out, at, word):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Write the eight bytes of a word at byte `at`, aligned or not."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
+        builder.store(arguments[2], place).align = 1
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, types.uint64), generate
+
+
 @njit(inline="always", error_model="numpy")
 def _put(out, at, word, length):  # type: ignore[no-untyped-def]
-    """Write the first `length` <= 8 bytes of a word behind the `at` bytes that stand there. -> the bytes now."""
-    place, shift = np.uint64(at >> 3), np.uint64((at & 7) << 3)
-    out[place] |= word << shift
-    # Twice, since a shift by 64 is none at all.
-    out[place + np.uint64(1)] = (word >> (np.uint64(56) - shift)) >> np.uint64(8)
+    """Write the first `length` <= 8 bytes of a word at byte `at`; what is behind them is written over by the next.
+    -> the bytes now.
+    """
+    _store(out, at, word)  # type: ignore[call-arg]
     return at + length
-
-
-@njit(inline="always", error_model="numpy")
-def _cut(out, at):  # type: ignore[no-untyped-def]
-    """Let nothing stand behind the first `at` bytes of the word that they end in."""
-    out[at >> 3] &= (np.uint64(1) << np.uint64((at & 7) << 3)) - np.uint64(1)
-    return at
 
 
 @njit(inline="always", error_model="numpy")
@@ -101,19 +108,17 @@ def _write_row(values, places, heads, ends, lengths, out):  # type: ignore[no-un
     """-> the bytes written; 0 if the row does not fit."""
     if places < 0 or places > DECIMALS_MAX:
         return 0
-    out[0] = 0
     at, power, first = 0, _POWERS[places], 0
     for line in range(values.shape[0]):
         for n in range(first, ends[line]):
-            length = min(8, lengths[line] - 8 * (n - first))
-            at = _put(out, at, heads[n] & (~np.uint64(0) >> np.uint64(64 - 8 * length)), length)
+            at = _put(out, at, heads[n], min(8, lengths[line] - 8 * (n - first)))
         first = ends[line]
         for value in values[line]:
             number = np.rint(value * power)
             if not abs(number) < WHOLE_MAX * power:
                 return 0
             at = _put_number(out, at, number, places, power)
-        at = _cut(out, at - 1)  # the last comma
+        at -= 1  # the last comma
     return _put(out, at, BRACKET, 1)
 
 
