@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     state_topic: str = Field("carousel.state", description="Compacted topic that snapshots of states are written to.")
     partitions: int = Field(4, ge=0, le=10_000, description="Create missing topics with so many; 0: never create.")
     start: Literal["earliest", "latest"] = Field("earliest", description="Where a new group begins to read.")
-    max_poll_records: int = Field(5_000, ge=1, le=100_000, description="Records taken from Kafka at a time.")
+    max_poll_records: int = Field(10_000, ge=1, le=100_000, description="Records taken from Kafka at a time.")
     session_timeout_ms: int = Field(10_000, ge=6_000, description="Silence after which Kafka thinks a worker dead.")
     max_poll_interval_ms: int = Field(
         300_000, ge=10_000, description="Time for one batch, after which Kafka gives the worker's partitions to others."
