@@ -55,6 +55,7 @@ BOOTSTRAP_TIMEOUT_MS = 5_000
 ANSWER_TIMEOUT_S = ANSWER_TIMEOUT_MS / 1000
 BEGIN_TIMEOUT_S = 15.0
 METADATA_TIMEOUT_S = 5.0
+GRACE_S = 5.0
 FULL_WAIT_S = 0.1
 READ_WAIT_MS = 10
 """By default, a partition is said to be at its end after half a second."""
@@ -85,6 +86,15 @@ SLOT_FENCED = KafkaError(KafkaError.FENCED_INSTANCE_ID).str()
 """What a consumer's fatal error tells of its cause."""
 MOVED_ON = {KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS}
 GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
+PASSING = {
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.CONCURRENT_TRANSACTIONS,
+    KafkaError.NETWORK_EXCEPTION,
+    KafkaError.REQUEST_TIMED_OUT,
+}
+"""Of what ends a transaction, librdkafka does not say that it is retriable."""
 LOST = {
     KafkaError._AUTO_OFFSET_RESET,
     KafkaError.OFFSET_OUT_OF_RANGE,
@@ -295,7 +305,9 @@ class Librdkafka:
             raise AbortedError("this worker is not (or no longer) a member of its group")
         self._undelivered.clear()
         if self._exactly:
-            self._commit_transaction([*before, *after], offsets, member)
+            # Trap 19: when the broker goes, sending the offsets may take no heed of its limit, and never come back.
+            with self._watchdog.over("a transaction", 2 * self._transaction_s + GRACE_S):
+                self._commit_transaction([*before, *after], offsets, member)
         else:
             self._deliver(before, DELIVERY_TIMEOUT_S)
             self._commit_offsets(offsets)
@@ -519,7 +531,8 @@ class Librdkafka:
         if code in SILENT:
             return unanswered(self.settings)
         # Below zero it is librdkafka itself that does not go on.
-        return refused(self.settings, told, error.retriable() or (code < 0 and code != KafkaError._INVALID_ARG))
+        local = code < 0 and code != KafkaError._INVALID_ARG
+        return refused(self.settings, told, error.retriable() or local or code in PASSING)
 
 
 def _checked(tps: list[TopicPartition]) -> list[TopicPartition]:

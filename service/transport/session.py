@@ -58,28 +58,29 @@ def line(error: Exception) -> str:
 class Watchdog(threading.Thread):
     """Ends the process when a call into a client does not come back: of kafka-python, a transactional call may hang for
     ever after the coordinator refused a connection (trap 3), or offsets were sent for a topic that is gone (trap 8); of
-    librdkafka, not all calls take a limit. What became of it, only the next life can find out.
+    librdkafka, not all calls take a limit, nor keep it (trap 19). What became of it, only the next life can find out.
     """
 
     def __init__(self, deadline_s: float) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._deadline_s = deadline_s
-        self._over: tuple[str, float] | None = None
+        self._over: tuple[str, float, float] | None = None
         self._stopped = threading.Event()
         self.start()
 
     def run(self) -> None:
         while not self._stopped.wait(0.2):
             over = self._over
-            if over and time.monotonic() > over[1]:
-                log.critical("%s did not end within %g s: exit, to be started again", over[0], self._deadline_s)
+            if over and time.monotonic() > over[2]:
+                log.critical("%s did not end within %g s: exit, to be started again", *over[:2])
                 logging.shutdown()
                 os._exit(EXIT_RESTART)
 
     @contextmanager
-    def over(self, what: str) -> Iterator[None]:
-        """End the process if this block takes longer than the deadline."""
-        self._over = what, time.monotonic() + self._deadline_s
+    def over(self, what: str, deadline_s: float | None = None) -> Iterator[None]:
+        """End the process if this block takes longer than the deadline, or this one of its own."""
+        limit_s = deadline_s or self._deadline_s
+        self._over = what, limit_s, time.monotonic() + limit_s
         try:
             yield
         finally:

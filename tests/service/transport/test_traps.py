@@ -43,12 +43,14 @@ from tests.service.transport.conftest import (
     started,
     thrown_out,
     visible,
+    where_it_stands,
 )
 from tests.service.transport.wire import (
     ADD_OFFSETS_TO_TXN,
     END_TXN,
     OFFSET_FETCH,
     PRODUCE,
+    TXN_OFFSET_COMMIT,
     Message,
     Wire,
 )
@@ -61,13 +63,13 @@ import logging, sys, time
 from kafka import KafkaAdminClient
 from service.records import Outgoing
 from service.settings import Settings
-from service.transport import kafka_python
+from service.transport import kafka_python, transport_of
 from service.transport.contract import Offset
 
 logging.basicConfig(level="CRITICAL", format="%(message)s")
 kafka_python.DEADLINE_S = 3.0
 settings = Settings.model_validate_json(sys.argv[1])
-transport = kafka_python.KafkaPython(settings, "slow")
+transport = transport_of(settings)(settings, "slow")
 while not transport.poll(100, 1).assigned:
     pass
 transport.start(0, 0)
@@ -494,3 +496,15 @@ def test_a_session_may_end_before_it_was_told_what_it_was_assigned(settings: Set
     with session(settings.model_copy(update={"slot": slot})):
         until("the assignment", lambda: group_is("Stable", settings))
     assert group_is("Stable" if slot else "Empty", settings), "of a slot, its place is kept"
+
+
+# 19: when the broker goes while the offsets of a transaction are sent, that call takes no heed of its limit.
+@only_librdkafka
+def test_a_transaction_that_overruns_its_limit_ends_the_process(wire: Wire, wired: Settings) -> None:
+    wire.on_request = at_the_second(TXN_OFFSET_COMMIT, lambda message: wire.cut())
+    over = "a transaction did not end within 7 s: exit, to be started again"
+    assert ends_as(LIFE, wired) == (EXIT_RESTART, over)
+    wire.mend()
+    with session(wired) as transport:
+        assert where_it_stands(transport, 0) == Offset(1)
+        assert visible(wired, wired.forecasts_topic) == [b"1"]
