@@ -153,6 +153,15 @@ class Engine:
             return None
         return FusedStep(self.follower, self.arena.schema)
 
+    def warm(self) -> None:
+        """Have all compiled that is; the first time on a machine it takes some 20 s, and is then kept."""
+        if self.compiled:
+            log.info("compiling the step, if it was not yet")
+            self.compiled.warm()
+        zero, none = np.zeros(1, dtype=np.int64), np.zeros(1)
+        values = np.zeros((1, self.config.horizon, len(self.config.quantiles)))
+        self.emitted.encode(Issued([""], zero, zero, zero, zero > 0, none, none, none, values))
+
     def _emitted(self, settings: Settings) -> Teller:
         """What is written to the forecasts topic."""
         asked = settings.emit_quantiles, settings.emit_horizons, settings.emit_decimals

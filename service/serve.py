@@ -60,6 +60,7 @@ def serve(settings: Settings) -> None:
         signal.signal(signal.SIGINT, stop)
         owners = Owners(engine, worker, KafkaPythonGroup(settings), url, metrics)
         server.start(create_app(engine, worker, settings, metrics, hub, owners), on_stop=hub.close)
+        engine.warm()
         _run(worker)
     finally:
         server.stop()
