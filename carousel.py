@@ -417,6 +417,9 @@ def chaos(
     guarantee: Annotated[
         str | None, typer.Option(help="exactly_once or at_least_once.  \\[default: exactly_once]")
     ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="kafka-python or librdkafka.  \\[default: kafka-python]")
+    ] = None,
     limit_s: Annotated[float | None, typer.Option(help="Give up after so many seconds.  \\[default: 1800]")] = None,
 ) -> None:
     """Torment workers and Kafka with a seeded plan of faults, then prove that the forecasts are as if nothing happened.
@@ -466,11 +469,16 @@ def command_of_settings() -> Any:
         Each setting comes from its flag, else from its CAROUSEL_* variable, else from the YAML file, else from its
         default. SIGTERM or Ctrl-C ends it in order.
         """
-        from service.serve import serve
-
         settings = Settings.load(flags, config)
         setup_logging(settings.log_level)
-        serve(settings)
+        if settings.workers > 1:
+            from service.supervisor import supervise
+
+            supervise(settings)
+        else:
+            from service.serve import serve
+
+            serve(settings)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -54,12 +55,12 @@ class Schema(tuple[TensorSpec, ...]):
             raise ValueError(f"a state's tensors must have different names, not {names}")
         return schema
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of a row in a block: each tensor begins at a multiple of ALIGN."""
         return sum(map(_aligned, self))
 
-    @property
+    @cached_property
     def offsets(self) -> dict[str, int]:
         """Where in a row each tensor begins, in bytes.
 

@@ -91,10 +91,6 @@ class Arena:
         self._came.append((key, row, True))
         return row
 
-    def heard(self, key: StreamKey) -> None:
-        """Make a stream the most recently heard of its partition."""
-        self._streams[key.partition].move_to_end(key.stream)
-
     def forget(self, key: StreamKey) -> bool:
         """End a stream. -> whether there was one. Its row is free from the next commit on."""
         row = self.find(key)

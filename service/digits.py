@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from model.grid import Int64s
@@ -27,36 +29,31 @@ _ZEROS = np.uint64(0x3030303030303030)
 _POWERS = 10.0 ** np.arange(DECIMALS_MAX + 1)
 
 
-def fits(whole: NDArray[np.float64], decimals: Int64s) -> NDArray[np.bool_]:
-    """Which of B lists of whole numbers [B, Q, H] of their last decimal [B] can be written here."""
-    within = (decimals >= 0) & (decimals <= DECIMALS_MAX)
-    most = WHOLE_MAX * _POWERS[np.where(within, decimals, 0)]
-    return np.asarray(within & (np.abs(whole) < most[:, None, None]).all(axis=(1, 2)))
+def write(values: NDArray[np.float64], decimals: Int64s, keys: Sequence[str]) -> Iterator[bytes | None]:
+    """Lists of numbers [B, Q, H], to so many decimals [B], as the members of a JSON object; None for one that does not
+    fit.
 
-
-def write(whole: NDArray[np.float64], decimals: Int64s, keys: Sequence[str]) -> Iterator[bytes]:
-    """Lists of numbers, [B, Q, H] whole numbers of their last decimal [B], as the members of a JSON object.
-
-    >>> [*write(np.array([[[12345.0, -5.0], [0.0, 1000.0]]]), np.array([3]), ["0.1", "0.9"])]
-    [b'"0.1":[12.345,-0.005],"0.9":[0.000,1.000]']
+    >>> numbers = np.array([[[12.345, -0.005], [0.0, 1.00049]], [[0.0, 1e9], [0.0, 0.0]]])
+    >>> [*write(numbers, np.array([3, 3]), ["0.1", "0.9"])]
+    [b'"0.1":[12.345,-0.005],"0.9":[0.000,1.000]', None]
     """
     heads = [f'],"{key}":['.encode() for key in keys]
     padded = [head.ljust(-len(head) // 8 * -8, b" ") for head in heads]
     words = np.frombuffer(b"".join(padded), dtype=np.uint64)
     ends, lengths = np.cumsum([len(head) // 8 for head in padded]), np.array([len(head) for head in heads])
-    width = len(words) + (whole.shape[1] * whole.shape[2] * NUMBER_BYTES + 16) // 8
-    text, sizes = np.empty((ROWS_AT_ONCE, width), dtype=np.uint64), np.empty(ROWS_AT_ONCE, dtype=np.int64)
-    for start in range(0, len(whole), ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
-        _write(np.ascontiguousarray(whole[some]), decimals[some], words, ends, lengths, text, sizes)
-        for row, size in zip(text.view(np.uint8), sizes[: len(whole[some])].tolist(), strict=False):
-            yield row[2:size].tobytes()  # without the first "],"
+    width = 8 * len(words) + values.shape[1] * values.shape[2] * NUMBER_BYTES + 8
+    text, sizes = np.empty((ROWS_AT_ONCE, width), dtype=np.uint8), np.empty(ROWS_AT_ONCE, dtype=np.int64)
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        some = np.ascontiguousarray(values[start : start + ROWS_AT_ONCE])
+        _write(some, decimals[start : start + ROWS_AT_ONCE], words, ends, lengths, text, sizes)
+        for row, size in zip(text, sizes[: len(some)].tolist(), strict=False):
+            yield row[2:size].tobytes() if size else None  # without the first "],"
 
 
 @njit(inline="always", error_model="numpy")
 def _digits(number):  # type: ignore[no-untyped-def]
     """Eight digits as eight bytes, the first one lowest."""
-    number = np.uint64(number)
+    number = np.uint64(np.int64(number))  # from a double it is cheaper so
     high = number // np.uint64(10_000)
     pair = high | ((number - np.uint64(10_000) * high) << np.uint64(32))
     hundreds = ((pair * np.uint64(10_486)) >> np.uint64(20)) & np.uint64(0x7F0000007F)
@@ -65,50 +62,67 @@ def _digits(number):  # type: ignore[no-untyped-def]
     return (((four - np.uint64(10) * tens) << np.uint64(8)) + tens) | _ZEROS
 
 
+@intrinsic
+def _store(typing_context, out, at, word):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Write the eight bytes of a word at byte `at`, aligned or not."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
+        builder.store(arguments[2], place).align = 1
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, types.uint64), generate
+
+
 @njit(inline="always", error_model="numpy")
 def _put(out, at, word, length):  # type: ignore[no-untyped-def]
-    """Write the first `length` <= 8 bytes of a word behind the `at` bytes that stand there. -> the bytes now."""
-    place, shift = np.uint64(at >> 3), np.uint64((at & 7) << 3)
-    out[place] |= word << shift
-    # Twice, since a shift by 64 is none at all.
-    out[place + np.uint64(1)] = (word >> (np.uint64(56) - shift)) >> np.uint64(8)
+    """Write the first `length` <= 8 bytes of a word at byte `at`; what is behind them is written over by the next.
+    -> the bytes now.
+    """
+    _store(out, at, word)  # type: ignore[call-arg]
     return at + length
 
 
+@njit(inline="always", error_model="numpy")
+def _put_number(out, at, number, places, power):  # type: ignore[no-untyped-def]
+    """Write a whole number of its last decimal, and a comma. -> the bytes now."""
+    if number < 0:
+        at = _put(out, at, MINUS, 1)
+        number = -number
+    before = np.floor(number / power)
+    count = 1
+    for digits in range(1, 8):
+        count += before >= _POWERS[digits]
+    at = _put(out, at, _digits(before) >> np.uint64(64 - 8 * count), count)
+    length = max(places, 1)  # "0" if there are none
+    decimals = _digits(number - before * power) >> np.uint64(64 - 8 * length)
+    if length <= 6:  # a dot, the decimals and a comma, in one word
+        return _put(out, at, DOT | (decimals << BYTE) | (COMMA << np.uint64(8 * length + 8)), length + 2)
+    at = _put(out, _put(out, at, DOT, 1), decimals, length)
+    return _put(out, at, COMMA, 1)
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write(whole, decimals, heads, ends, lengths, out, sizes):  # type: ignore[no-untyped-def]
-    for row in range(whole.shape[0]):
-        text, at = out[row], 0
-        text[0] = 0
-        places = decimals[row]
-        power = _POWERS[places]
-        for line in range(whole.shape[1]):
-            at -= line > 0  # over the last comma
-            if line:
-                text[at >> 3] &= (np.uint64(1) << np.uint64((at & 7) << 3)) - np.uint64(1)
-            first = ends[line - 1] if line else 0
-            for n in range(first, ends[line]):
-                length = min(8, lengths[line] - 8 * (n - first))
-                word = heads[n] & (~np.uint64(0) >> np.uint64(64 - 8 * length))
-                at = _put(text, at, word, length)
-            for n in range(whole.shape[2]):
-                number = whole[row, line, n]
-                if number < 0:
-                    at = _put(text, at, MINUS, 1)
-                    number = -number
-                before = np.floor(number / power)
-                count = 1
-                for digits in range(1, 8):
-                    count += before >= _POWERS[digits]
-                word = _digits(before) >> np.uint64(64 - 8 * count)
-                at = _put(text, at, word, count)
-                rest = _digits(number - before * power) >> np.uint64(64 - 8 * max(places, 1))  # "0" if there are none
-                length = max(places, 1)
-                if length <= 6:  # a dot, the decimals and a comma, in one word
-                    at = _put(text, at, DOT | (rest << BYTE) | (COMMA << np.uint64(8 * length + 8)), length + 2)
-                else:
-                    at = _put(text, at, DOT, 1)
-                    at = _put(text, at, rest, length)
-                    at = _put(text, at, COMMA, 1)
-        text[(at - 1) >> 3] &= (np.uint64(1) << np.uint64(((at - 1) & 7) << 3)) - np.uint64(1)
-        sizes[row] = _put(text, at - 1, BRACKET, 1)
+def _write_row(values, places, heads, ends, lengths, out):  # type: ignore[no-untyped-def]
+    """-> the bytes written; 0 if the row does not fit."""
+    if places < 0 or places > DECIMALS_MAX:
+        return 0
+    at, power, first = 0, _POWERS[places], 0
+    for line in range(values.shape[0]):
+        for n in range(first, ends[line]):
+            at = _put(out, at, heads[n], min(8, lengths[line] - 8 * (n - first)))
+        first = ends[line]
+        for value in values[line]:
+            number = np.rint(value * power)
+            if not abs(number) < WHOLE_MAX * power:
+                return 0
+            at = _put_number(out, at, number, places, power)
+        at -= 1  # the last comma
+    return _put(out, at, BRACKET, 1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _write(values, decimals, heads, ends, lengths, out, sizes):  # type: ignore[no-untyped-def]
+    for row in range(len(values)):
+        sizes[row] = _write_row(values[row], decimals[row], heads, ends, lengths, out[row])

@@ -5,13 +5,14 @@ Follow `Engine.process` to see a record's way.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +34,11 @@ from service.partition import NOBODY, Bounds, Partition, Taken
 from service.records import Limits, Observations, Outgoing, Record, dead_letter, part, read
 from service.settings import Settings
 from service.waves import turns, waves
+
+if TYPE_CHECKING:
+    from model.fused import FusedStep
+
+log = logging.getLogger(__name__)
 
 FORECAST_NUMBERS_MAX = 40_000
 """Of up to 25 bytes each as JSON; Kafka takes records of 1 MiB by default."""
@@ -120,6 +126,8 @@ class Engine:
         self.follower = Follower(bundle.forecaster, calibrate=settings.intervals == "calibrated")
         self.history = History(self.config, settings.history_steps)
         self.arena = Arena(Schema((*grid.SCHEMA, *self.follower.schema, *self.history.schema)))
+        self.compiled = self._compile() if settings.compiled else None
+        """The step of a wave, where numba is installed."""
         self.partitions: dict[int, Partition] = {}
         self.limits = Limits(
             covariates=self.config.covariates,
@@ -136,6 +144,23 @@ class Engine:
         self.teller = Teller(bundle.model_id, self.config)
         """Of all that is forecast, as HTTP tells it."""
         self.emitted = self._emitted(settings)
+
+    def _compile(self) -> FusedStep | None:
+        try:
+            from model.fused import FusedStep
+        except ImportError:
+            log.info("numba is not installed (the extra `fast`): streams are followed several times slower")
+            return None
+        return FusedStep(self.follower, self.arena.schema)
+
+    def warm(self) -> None:
+        """Have all compiled that is; the first time on a machine it takes some 20 s, and is then kept."""
+        if self.compiled:
+            log.info("compiling the step, if it was not yet")
+            self.compiled.warm()
+        zero, none = np.zeros(1, dtype=np.int64), np.zeros(1)
+        values = np.zeros((1, self.config.horizon, len(self.config.quantiles)))
+        self.emitted.encode(Issued([""], zero, zero, zero, zero > 0, none, none, none, values))
 
     def _emitted(self, settings: Settings) -> Teller:
         """What is written to the forecasts topic."""
@@ -307,11 +332,29 @@ class Engine:
         row, slot, missing = moves.row[some], moves.slot[some], moves.missing[some]
         self._start_afresh(row[moves.afresh[some]])
         self._bridge(row, missing, slot - missing - 1)
-        here = (np.arange(len(some)), np.zeros(len(some), dtype=np.int64))
         count = self.arena.column("count")[row] + 1
-        stepped = self._step(moves, some, row, here, slot, 1, count, told=True)
+        if self.compiled:
+            stepped = self._compiled_step(self.compiled, moves, some, row, count)
+        else:
+            here = (np.arange(len(some)), np.zeros(len(some), dtype=np.int64))
+            stepped = self._step(moves, some, row, here, slot, 1, count, told=True)
         self._stand(row, moves, some, count)
         return stepped
+
+    def _compiled_step(self, step: FusedStep, moves: Moves, some: Int64s, row: Int64s, count: Int64s) -> Stepped:
+        """`_step` of one step, by the compiled one: in place in the arena."""
+        seen, index = moves.seen, torch.from_numpy(row)
+        times = grid.times_of(self.config, moves.slot[some], seen.ts_ms[some])
+        observed = (torch.from_numpy(column) for column in (seen.values[some], times, seen.covariates[some]))
+        self.arena.save(index)
+        with timed(self.metrics.step_seconds):
+            stepped = step.advance(self.arena.block, index, *observed)
+        steps, scale = self.arena.column("steps")[row], self.arena.tensors["scale"].numpy()[row]
+        opened = np.where(steps[:, None] > 1, stepped.opened.numpy(), np.nan)
+        anomaly = stepped.anomaly.numpy().copy()
+        self._note(moves, some, row, count, opened, anomaly)
+        live = steps >= self.config.warmup
+        return Stepped(some, count, live, scale, anomaly, stepped.issued.numpy(), stepped.scores.numpy())
 
     def _burst(self, moves: Moves, together: Runs, *, told: bool) -> list[Stepped]:
         """Move rows through all the moves of their runs, T > 1 steps at a time."""

@@ -67,12 +67,6 @@ def decimals_of(scale: Float64s) -> Int64s:
     return np.asarray(np.clip(digits, -DIGITS_MAX, DIGITS_MAX), dtype=np.int64)
 
 
-def mantissas(values: Float64s, decimals: Int64s) -> Float64s:
-    """Forecasts [B, ...] as whole numbers of their last decimal [B]."""
-    exponent = decimals.reshape(-1, *[1] * (values.ndim - 1))
-    return np.rint(values * 10.0 ** np.maximum(exponent, 0) / 10.0 ** np.maximum(-exponent, 0))
-
-
 def rounded(values: Float64s, decimals: Int64s) -> Float64s:
     """Forecasts [B, ...] to so many decimals [B].
 
@@ -80,8 +74,8 @@ def rounded(values: Float64s, decimals: Int64s) -> Float64s:
     [[[1234.5679]]]
     """
     exponent = decimals.reshape(-1, *[1] * (values.ndim - 1))
-    whole = mantissas(values, decimals)
-    return np.asarray(whole / 10.0 ** np.maximum(exponent, 0) * 10.0 ** np.maximum(-exponent, 0))
+    up, down = 10.0 ** np.maximum(exponent, 0), 10.0 ** np.maximum(-exponent, 0)
+    return np.asarray(np.rint(values * up / down) / up * down)
 
 
 class Teller:
@@ -119,23 +113,20 @@ class Teller:
         """The same fields of each forecast's record, as JSON."""
         if digits is None:
             return [orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY) for fields in self.describe(issued)]
-        decimals = self._decimals(issued)
-        whole = mantissas(self._values(issued), decimals)
-        fits = digits.fits(whole, decimals)
-        if not fits.all():
-            return self._encode_odd(issued, fits)
-        bodies = digits.write(whole, decimals, self.keys)
         ends = b'},"status":"warming"}', b'},"status":"live"}'
+        values = digits.write(self._values(issued), self._decimals(issued), self.keys)
+        rows = zip(self._fields(issued), values, issued.live.tolist(), strict=True)
         return [
-            b"".join((orjson.dumps(fields)[:-1], b',"quantiles":{', body, ends[live]))
-            for fields, body, live in zip(self._fields(issued), bodies, issued.live.tolist(), strict=True)
+            b"".join((orjson.dumps(fields)[:-1], b',"quantiles":{', numbers, ends[live]))
+            if numbers
+            else self._encode_odd(issued, n)
+            for n, (fields, numbers, live) in enumerate(rows)
         ]
 
-    def _encode_odd(self, issued: Issued, fits: NDArray[np.bool_]) -> list[bytes]:
-        """Where some have too many digits to be written as the others are: one by one."""
-        plain = iter(self.encode(issued.part(np.flatnonzero(fits))))
-        odd = self.describe(issued.part(np.flatnonzero(~fits)))
-        return [next(plain) if one else orjson.dumps(next(odd), option=orjson.OPT_SERIALIZE_NUMPY) for one in fits]
+    def _encode_odd(self, issued: Issued, number: int) -> bytes:
+        """One with more digits than are written so."""
+        (fields,) = self.describe(issued.part(np.array([number])))
+        return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def _fields(self, issued: Issued) -> Iterator[dict[str, Any]]:
         """What is told before the numbers."""

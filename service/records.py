@@ -55,22 +55,18 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True)
 class Observations:
-    """The same of n records, as columns. values [n], covariates [n, K] float64; ts_ms [n] int64; ended [n] bool."""
+    """The same of n records, as columns. partitions, offsets, ts_ms [n] int64; values [n], covariates [n, K] float64;
+    ended [n] bool.
+    """
 
     records: Sequence[Record]
     streams: Sequence[str]
+    partitions: Int64s
+    offsets: Int64s
     ts_ms: Int64s
     values: NDArray[np.float64]
     covariates: NDArray[np.float64]
     ended: NDArray[np.bool_]
-
-    @property
-    def offsets(self) -> Int64s:
-        return np.fromiter((record.offset for record in self.records), np.int64, len(self.records))
-
-    @property
-    def partitions(self) -> Int64s:
-        return np.fromiter((record.partition for record in self.records), np.int64, len(self.records))
 
 
 class Outgoing(msgspec.Struct, frozen=True, gc=False):
@@ -139,7 +135,8 @@ def read(records: Sequence[Record], limits: Limits) -> tuple[Observations, list[
         else:
             streams[n], ts_ms[n], values[n], ended[n] = one.stream, one.ts_ms, one.value, one.ended
             covariates[n] = one.covariates or math.nan
-    columns = Observations(records, streams, ts_ms, values, covariates, ended)
+    partitions, offsets = (_column([getattr(record, name) for record in records]) for name in ("partition", "offset"))
+    columns = Observations(records, streams, partitions, offsets, ts_ms, values, covariates, ended)
     return (part(columns, np.flatnonzero(usable)) if rejected else columns), rejected
 
 
@@ -149,11 +146,17 @@ def part(whole: Observations, chosen: Int64s) -> Observations:
     return Observations(
         [whole.records[n] for n in picked],
         [whole.streams[n] for n in picked],
+        whole.partitions[chosen],
+        whole.offsets[chosen],
         whole.ts_ms[chosen],
         whole.values[chosen],
         whole.covariates[chosen],
         whole.ended[chosen],
     )
+
+
+def _column(numbers: Sequence[int]) -> Int64s:
+    return np.array(numbers, dtype=np.int64)
 
 
 def _line_of(record: Record, max_bytes: int) -> bytes:
@@ -205,7 +208,7 @@ def _within(
     records: Sequence[Record], ts_ms: Int64s, numbers: NDArray[np.float64], limits: Limits
 ) -> NDArray[np.bool_]:
     """Whether times and numbers [n, ...] lie within the limits."""
-    stamped = np.fromiter((record.timestamp_ms for record in records), np.int64, len(records))
+    stamped = _column([record.timestamp_ms for record in records])
     ahead = (stamped >= 0) & (ts_ms > stamped + limits.max_ahead_ms)
     large = (np.abs(numbers) > limits.max_abs_value).any(axis=1)  # what is NaN is not
     return ~ahead & ~large & (ts_ms >= limits.earliest_ts_ms)

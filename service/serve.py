@@ -22,8 +22,8 @@ from service.metrics import Metrics
 from service.owners import Owners
 from service.server import HttpServer
 from service.settings import Settings
+from service.transport import transport_of
 from service.transport.group import KafkaPythonGroup
-from service.transport.kafka_python import KafkaPython
 from service.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def serve(settings: Settings) -> None:
     owners: Owners | None = None
     try:
         hub = EventHub(settings.forecasts_topic, metrics)
-        connect = partial(KafkaPython, settings, client_id=url)  # by it the other workers find this one
+        connect = partial(transport_of(settings), settings, url)  # by it the other workers find this one
         worker = Worker(engine, connect, settings, metrics, hub.publish)
 
         def stop(signum: int, _frame: FrameType | None) -> None:
@@ -60,6 +60,7 @@ def serve(settings: Settings) -> None:
         signal.signal(signal.SIGINT, stop)
         owners = Owners(engine, worker, KafkaPythonGroup(settings), url, metrics)
         server.start(create_app(engine, worker, settings, metrics, hub, owners), on_stop=hub.close)
+        engine.warm()
         _run(worker)
     finally:
         server.stop()

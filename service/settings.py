@@ -5,12 +5,13 @@ Nothing else in the service reads the environment.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -39,7 +40,7 @@ class Settings(BaseSettings):
     state_topic: str = Field("carousel.state", description="Compacted topic that snapshots of states are written to.")
     partitions: int = Field(4, ge=0, le=10_000, description="Create missing topics with so many; 0: never create.")
     start: Literal["earliest", "latest"] = Field("earliest", description="Where a new group begins to read.")
-    max_poll_records: int = Field(5_000, ge=1, le=100_000, description="Records taken from Kafka at a time.")
+    max_poll_records: int = Field(10_000, ge=1, le=100_000, description="Records taken from Kafka at a time.")
     session_timeout_ms: int = Field(10_000, ge=6_000, description="Silence after which Kafka thinks a worker dead.")
     max_poll_interval_ms: int = Field(
         300_000, ge=10_000, description="Time for one batch, after which Kafka gives the worker's partitions to others."
@@ -51,10 +52,14 @@ class Settings(BaseSettings):
         " back at once. Each worker needs its own; empty: none.",
     )
 
+    transport: Literal["kafka-python", "librdkafka"] = Field(
+        "kafka-python",
+        description="Client that speaks with Kafka: pure Python, or the faster librdkafka, of the extra `fast`.",
+    )
     guarantee: Literal["exactly_once", "at_least_once"] = Field(
         "exactly_once", description="What readers (read_committed) see of a forecast when workers fail."
     )
-    commit_interval_ms: int = Field(200, ge=0, le=60_000, description="Time from one commit to the next.")
+    commit_interval_ms: int = Field(200, ge=0, le=60_000, description="Time from one commit to the next, exactly once.")
     transaction_timeout_ms: int = Field(
         15_000, ge=1_000, le=900_000, description="Time after which Kafka aborts a transaction that was not ended."
     )
@@ -116,8 +121,31 @@ class Settings(BaseSettings):
         description="Decimals of a forecast's numbers; by default what the stream's scale deserves.",
     )
     max_wave_rows: int = Field(4_096, ge=1, description="Most streams advanced in one batched step.")
+    compiled: bool = Field(
+        True, description="Follow streams by loops that numba compiles, where it is installed (the extra `fast`)."
+    )
+    workers: int = Field(
+        1, ge=1, le=256, description="Worker processes; worker n listens on the HTTP port + n, and has the slot SLOT-n."
+    )
     threads: int = Field(1, ge=1, le=256, description="Threads that torch computes with.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        """Each worker needs a URL of its own."""
+        if self.workers > 1 and self.advertised_url and not re.search(r":\d+$", self.advertised_url):
+            raise ValueError("of several workers each is reached on a port of its own: advertised_url needs a port")
+        return self
+
+    def environment(self) -> dict[str, str]:
+        """Our own environment with these settings in it, for another process of the same settings."""
+        prefix = str(self.model_config["env_prefix"])
+        known = {name: value for name, value in os.environ.items() if not name.upper().startswith(prefix)}
+        for name, value in self.model_dump(mode="json").items():
+            if value is not None:
+                told = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                known[prefix + name.upper()] = told
+        return known
 
     @field_validator("emit_quantiles", "emit_horizons", mode="before")
     @classmethod

@@ -30,6 +30,8 @@ BATCH_BYTES_MAX = 32 << 20
 """A batch is closed at this size, whatever the settings say of records: it is held in memory several times over."""
 WATCH_EVERY_S = 1.0
 RECONNECT_S = 1.0
+EAGER_S = 0.002
+EAGER_SHARE = 0.5
 STILL_HERE_S = 5.0
 """Where there is nothing to commit for so long, an offset is committed again: only who commits finds out that another
 has taken its place, and must not go on answering over HTTP.
@@ -71,7 +73,7 @@ class Worker:
 
     def _reset(self) -> None:
         """What belongs to one session."""
-        self._committed_at = self._watched_at = 0.0
+        self._committed_at = self._watched_at = self._batch_s = 0.0
         self._restores: dict[int, tuple[Restore, Iterator[None], float]] = {}
         self._keepers: dict[int, Keeper] = {}
         self._offsets: dict[int, int] = {}
@@ -146,8 +148,10 @@ class Worker:
         """One turn of the loop: whatever comes within one commit interval, all the way to its commit."""
         batch = self._gather()
         self._restore_some()
+        began_s = self._clock_s()
         self._process(batch)
         self._turned_at = self._clock_s()
+        self._batch_s = self._turned_at - began_s
         if self._turned_at - self._watched_at > WATCH_EVERY_S:
             self._watched_at = self._turned_at
             self._watch()
@@ -155,24 +159,37 @@ class Worker:
     # Gathering: no transaction is open while it waits.
 
     def _gather(self) -> Batch:
-        """The records of one commit interval, by partition; fewer if that is a lot already."""
+        """The records of one commit interval, by partition; fewer if that is a lot already.
+
+        At least once no transaction is waited for, and what is there goes at once; but where batches take long, waiting
+        for part of that time makes them fewer.
+        """
         batch: Batch = {}
         count = size = 0
-        idle_until = self._clock_s() + POLL_MS / 1000
+        until = self._clock_s() + POLL_MS / 1000
         while True:
-            until = self._committed_at + self.settings.commit_interval_ms / 1000 if batch else idle_until
             wait_ms = RESTORING_POLL_MS if self._restores else max(0, round(1000 * (until - self._clock_s())))
             polled = self.transport.poll(wait_ms, self.settings.max_poll_records - count)
             self._drop(polled.revoked)
             for partition in polled.revoked:
                 batch.pop(partition, None)
             self._take_up(polled.assigned)
+            if polled.records and not batch:
+                until = self._clock_s() + self._patience_s
             for record in polled.records:
                 batch.setdefault(record.partition, []).append(record)
                 count, size = count + 1, size + len(record.value or b"")
             full = count >= self.settings.max_poll_records or size >= BATCH_BYTES_MAX
             if full or self._restores or self._stopping.is_set() or self._clock_s() >= until:
                 return batch
+
+    @property
+    def _patience_s(self) -> float:
+        """How long a batch is gathered from its first record on."""
+        interval_s = self.settings.commit_interval_ms / 1000
+        if self.settings.guarantee == "exactly_once":
+            return self._committed_at + interval_s - self._clock_s()
+        return min(EAGER_S + EAGER_SHARE * self._batch_s, interval_s)
 
     def _drop(self, partitions: frozenset[int]) -> None:
         """These partitions are not this worker's any more. Nothing of them is in a transaction."""

@@ -23,6 +23,7 @@ from kafka.structs import OffsetAndMetadata
 
 from deploy.bench.clients import HAS_LIBRDKAFKA
 from service.settings import Settings
+from service.worker import EAGER_S, EAGER_SHARE
 
 CLIENTS = ("kafka-python", "librdkafka") if HAS_LIBRDKAFKA else ("kafka-python",)
 IDLE_S = 0.1
@@ -32,7 +33,9 @@ FLUSH_S = 60.0
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When the worker flushes: a batch is what comes within `interval_s` of the last commit, `records` at most."""
+    """When the worker flushes: a batch is what comes within `interval_s` of the last commit, `records` at most; at
+    least once, sooner.
+    """
 
     records: int
     interval_s: float
@@ -74,26 +77,35 @@ class Bare(ABC):
     def __init__(self, rhythm: Rhythm, values: Sequence[bytes]) -> None:
         self.rhythm, self.values = rhythm, values
         self.passed = 0
-        self._committed_at = 0.0
+        self._committed_at = self._batch_s = 0.0
 
     def turn(self) -> None:
         """One batch, if anything came."""
         if batch := self._gather():
+            began_s = time.monotonic()
             values = [self.values[n % len(self.values)] for n in range(self.passed, self.passed + len(batch))]
             self._pass_on(batch, values, {taken.partition: taken.offset + 1 for taken in batch})
             self._committed_at = time.monotonic()
+            self._batch_s = self._committed_at - began_s
             self.passed += len(batch)
 
     def _gather(self) -> list[Taken]:
         """As the worker does it."""
         batch: list[Taken] = []
-        idle_until = time.monotonic() + IDLE_S
+        until = time.monotonic() + IDLE_S
         while True:
-            until = self._committed_at + self.rhythm.interval_s if batch else idle_until
-            wait_s = max(0.0, until - time.monotonic())
-            batch += self._poll(wait_s, self.rhythm.records - len(batch))
+            came = self._poll(max(0.0, until - time.monotonic()), self.rhythm.records - len(batch))
+            if came and not batch:
+                until = time.monotonic() + self._patience_s
+            batch += came
             if len(batch) >= self.rhythm.records or time.monotonic() >= until:
                 return batch
+
+    @property
+    def _patience_s(self) -> float:
+        if self.rhythm.exactly_once:
+            return self._committed_at + self.rhythm.interval_s - time.monotonic()
+        return min(EAGER_S + EAGER_SHARE * self._batch_s, self.rhythm.interval_s)
 
     @abstractmethod
     def _poll(self, wait_s: float, most: int) -> Sequence[Taken]: ...

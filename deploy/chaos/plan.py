@@ -89,6 +89,7 @@ class ChaosConfig:
     broker_kills: int = 3
     aborts: int = 12
     guarantee: Guarantee = "exactly_once"
+    transport: str = "kafka-python"
     session_timeout_ms: int = 6_000
     limit_s: float = 1_800.0
 

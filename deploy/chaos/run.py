@@ -120,7 +120,7 @@ class Chaos:
         config, told = self.config, self.config.guarantee.replace("_", " ")
         self.console.print(
             f"seed {config.seed}: {config.observations:,} observations of {config.streams:,} streams, {len(self.plan)}"
-            f" faults, {told}"
+            f" faults, {told}, on {config.transport}"
         )
         for slot in SLOTS:
             self.fleet.add(slot)
@@ -280,6 +280,7 @@ def _flags(config: ChaosConfig, bundle: Path, servers: str) -> dict[str, Any]:
     """The settings of all workers."""
     return {
         "model": bundle,
+        "transport": config.transport,
         "bootstrap_servers": servers,
         "group_id": NAME,
         "observations_topic": f"{NAME}.observations",

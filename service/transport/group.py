@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from kafka import KafkaAdminClient
+from kafka.admin import MemberToRemove
 from kafka.errors import KafkaError
 from kafka.net.compat import KafkaNetClient
 from kafka.partitioner.default import murmur2
@@ -86,6 +87,17 @@ def _owners(members: list[dict[str, Any]], topic: str) -> dict[int, str]:
             if assigned["topic"] == topic:
                 owners |= dict.fromkeys(assigned["partitions"], url)
     return owners
+
+
+def rejoin_if_renamed(admin: KafkaAdminClient, settings: Settings, client_id: str) -> None:
+    """Kafka keeps the client id under which a slot's first life joined, and by it other workers ask for its streams.
+    Make one that has come back under another join anew.
+    """
+    members = admin.describe_groups([settings.group_id])[settings.group_id]["members"]
+    own = [member for member in members if member["group_instance_id"] == settings.slot]
+    if any(member["client_id"] != client_id for member in own):
+        log.info("slot %s has a new URL: joining the group anew", settings.slot)
+        admin.remove_group_members(settings.group_id, [MemberToRemove(group_instance_id=settings.slot)])
 
 
 def _connect(bootstrap_servers: str) -> KafkaAdminClient:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 import uuid
@@ -18,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.admin import MemberToRemove, OffsetSpec
+from kafka.admin import OffsetSpec
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.errors import (
     CommitFailedError,
@@ -42,25 +41,29 @@ from service.records import Outgoing, Record
 from service.settings import Settings
 from service.transport.assignor import DisputeAssignor
 from service.transport.contract import Bounds, Offset, Polled
+from service.transport.group import rejoin_if_renamed
+from service.transport.session import (
+    ANSWER_TIMEOUT_MS,
+    DEADLINE_S,
+    DELIVERY_TIMEOUT_S,
+    METADATA_AGE_MS,
+    READ_POLL_MS,
+    READ_RECORDS,
+    UNSETTLED_S,
+    Watchdog,
+    line,
+    note_of,
+    refused,
+    taken,
+    unanswered,
+)
 from service.transport.topics import RECORD_BYTES_MAX, prepare_topics
 
 log = logging.getLogger(__name__)
 
 BOOTSTRAP_TIMEOUT_MS = 5_000
-DELIVERY_TIMEOUT_S = 120
-DEADLINE_S = 60.0
-"""No call that kafka-python lets wait for ever may wait longer."""
-UNSETTLED_S = 45.0
-"""Nor may this worker be without a settled membership."""
 JOIN_POLL_MS = 100
 CLOSE_TIMEOUT_S = 5
-ANSWER_TIMEOUT_MS = 1_000
-READ_POLL_MS = 100
-READ_RECORDS = 5_000
-METADATA_AGE_MS = 10_000
-"""Time in which partitions that were added are noticed."""
-EXIT_RESTART = 75
-"""EX_TEMPFAIL: start me again."""
 
 
 class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -73,7 +76,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         self.settings = settings
         self.topic = settings.observations_topic
         self._exactly = settings.guarantee == "exactly_once"
-        self._common = {
+        self._common: dict[str, Any] = {
             "bootstrap_servers": settings.bootstrap_servers.split(","),
             "client_id": client_id,
             "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
@@ -191,19 +194,12 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         return Polled(records, assigned, revoked)
 
     def _check_url(self) -> None:
-        """Kafka keeps the client id under which a slot's first life joined, and by it other workers ask for its
-        streams. One that has come back under another joins anew, once whoever had the slot before is surely gone.
-        """
+        """Once whoever had the slot before is surely gone, see that the group knows this worker by its own URL."""
         if time.monotonic() < self._url_due_s or not self.stable:
             return
         self._url_due_s = math.inf
         with self._answered("the group"):
-            members = self._admin.describe_groups([self.settings.group_id])[self.settings.group_id]["members"]
-            own = [member for member in members if member["group_instance_id"] == self.settings.slot]
-            if any(member["client_id"] != self._common["client_id"] for member in own):
-                log.info("slot %s has a new URL: joining the group anew", self.settings.slot)
-                leaving = MemberToRemove(group_instance_id=self.settings.slot)
-                self._admin.remove_group_members(self.settings.group_id, [leaving])
+            rejoin_if_renamed(self._admin, self.settings, self._common["client_id"])
 
     def _check_settled(self) -> None:
         if self.stable:
@@ -307,7 +303,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             raise TimeoutError from error
         except KafkaError as error:
             raise DisconnectedError(line(error)) from error
-        return None if found is None else Offset(found.offset, found.metadata or "")
+        return None if found is None else Offset(found.offset, note_of(found.metadata))
 
     def bounds(self, topic: str, partition: int) -> Bounds:
         tp = TopicPartition(topic, partition)
@@ -401,61 +397,14 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         except (NoOffsetForPartitionError, OffsetOutOfRangeError, LogTruncationError) as error:
             raise LostStateError(f"input of {self.topic} that is still needed is gone: {line(error)}") from error
         except (KafkaConnectionError, KafkaTimeoutError) as error:
-            raise DisconnectedError(f"no Kafka broker answers at {self.settings.bootstrap_servers}") from error
+            raise unanswered(self.settings) from error
         except KafkaError as error:
-            told = f"{what}: {line(error)}"
-            if getattr(error, "retriable", False):
-                raise DisconnectedError(told) from error
-            raise ServiceError(f"Kafka at {self.settings.bootstrap_servers} refused {told}") from error
-
-
-def taken(settings: Settings) -> ServiceError:
-    """What to tell the operator of the older one of two workers of one slot."""
-    return ServiceError(f"another worker has taken slot {settings.slot!r} of group {settings.group_id}: this one ends")
+            raise refused(self.settings, f"{what}: {line(error)}", getattr(error, "retriable", False)) from error
 
 
 def record_of(r: Any) -> Record:
     headers = [(str(name), value) for name, value in r.headers]  # str: no _Name goes on from here
     return Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, headers)
-
-
-def line(error: Exception) -> str:
-    """An error in one line, however many it takes itself."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-class Watchdog(threading.Thread):
-    """Ends the process when a call into kafka-python does not come back: a transactional call may hang for ever after
-    the coordinator refused a connection (trap 3), or offsets were sent for a topic that is gone (trap 8). What became
-    of it, only the next life can find out.
-    """
-
-    def __init__(self, deadline_s: float) -> None:
-        super().__init__(name="watchdog", daemon=True)
-        self._deadline_s = deadline_s
-        self._over: tuple[str, float] | None = None
-        self._stopped = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self._stopped.wait(0.2):
-            over = self._over
-            if over and time.monotonic() > over[1]:
-                log.critical("%s did not end within %g s: exit, to be started again", over[0], self._deadline_s)
-                logging.shutdown()
-                os._exit(EXIT_RESTART)
-
-    @contextmanager
-    def over(self, what: str) -> Iterator[None]:
-        """End the process if this block takes longer than the deadline."""
-        self._over = what, time.monotonic() + self._deadline_s
-        try:
-            yield
-        finally:
-            self._over = None
-
-    def stop(self) -> None:
-        self._stopped.set()
 
 
 class _Ended:

@@ -28,9 +28,10 @@ STATE_CONFIG = {
 }
 
 
-def prepare_topics(settings: Settings, common: Mapping[str, Any]) -> None:
+def prepare_topics(settings: Settings, common: Mapping[str, Any]) -> int:
     """Create the topics that are missing, where allowed, and see that partition numbers can be kept from input to
-    output, and that states are kept. Raises ServiceError where they cannot.
+    output, and that states are kept. Raises ServiceError where they cannot. -> the bytes of a batch that every output
+    takes.
     """
     source = settings.observations_topic
     sinks = [settings.forecasts_topic, settings.dead_letters_topic, settings.state_topic]
@@ -51,16 +52,21 @@ def prepare_topics(settings: Settings, common: Mapping[str, Any]) -> None:
                     f"topic {name} has {count} partitions and {source} has {partitions}: what comes from a partition"
                     f" goes to the partition of the same number, so add partitions to {name}"
                 )
-        _check_kept(admin, settings.state_topic)
+        configs = {name: _config(admin, name) for name in sinks}
+        _check_kept(settings.state_topic, configs[settings.state_topic]["cleanup.policy"])
+        return min(int(config["max.message.bytes"]) for config in configs.values())
     finally:
         admin.close()
 
 
-def _check_kept(admin: KafkaAdminClient, topic: str) -> None:
-    """A state topic that drops old records drops streams that are seldom heard."""
+def _config(admin: KafkaAdminClient, topic: str) -> dict[str, str]:
     resource = ConfigResource(ConfigResourceType.TOPIC, topic)
     config = admin.describe_configs([resource], config_filter="all")["topic"][topic]  # defaults, too
-    policy = str(config["cleanup.policy"]["value"])
+    return {name: str(entry["value"]) for name, entry in config.items()}
+
+
+def _check_kept(topic: str, policy: str) -> None:
+    """A state topic that drops old records drops streams that are seldom heard."""
     if policy != "compact":
         raise ServiceError(
             f"topic {topic} has cleanup.policy={policy} and would forget states: set it to compact, and nothing else"

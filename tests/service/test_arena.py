@@ -20,7 +20,7 @@ def heard(arena: Arena, key: StreamKey, offset: int, h: float = 1.0) -> int:
     """Let a stream be moved by the record at `offset`."""
     row = arena.find(key)
     row = arena.add(key) if row is None else row
-    arena.heard(key)
+    arena.open(key.partition).move_to_end(key.stream)
     arena.scatter(torch.tensor([row]), {"offset": torch.tensor([offset]), "h": torch.full((1, 2), h)})
     return row
 

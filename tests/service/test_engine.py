@@ -295,6 +295,29 @@ def test_calibration_can_be_switched_off(bundle: Bundle) -> None:
     assert on[-1]["quantiles"]["0.9"] != off[-1]["quantiles"]["0.9"]
 
 
+def test_the_compiled_step_tells_what_the_plain_one_tells(tmp_path: Path) -> None:
+    bundle = load_bundle(random_bundle(tmp_path, covariates=("wind",), max_gap=50))
+    compiled, plain = engine_of(bundle), engine_of(bundle, compiled=False)
+    assert compiled.compiled is not None, "numba is not installed"
+    assert plain.compiled is None
+    random, series = np.random.default_rng(8), [[*some_series(seed).items()] for seed in range(40)]
+    for n in range(70):
+        poll = []
+        for name, values in enumerate(series):
+            for hour, value in values[n : n + 1]:
+                body = {"ts": START_MS + hour * HOUR_MS, "value": value, "covariates": {"wind": float(random.normal())}}
+                poll.append(msgspec.structs.replace(record(f"s{name}", 0, 0.0), value=json.dumps(body).encode()))
+        for one, other in zip(*(forecasts(engine.process(poll)) for engine in (compiled, plain)), strict=True):
+            scale = float(plain.arena.tensors["scale"][plain.arena.streams(0)[other["stream"]]])
+            np.testing.assert_allclose(quantiles(one), quantiles(other), atol=1e-4 * scale, rtol=1e-12)
+            assert one["anomaly"] == pytest.approx(other["anomaly"], abs=0.02)
+            told = [{**fields, "quantiles": None, "anomaly": None} for fields in (one, other)]
+            assert told[0] == told[1]
+    assert compiled.metrics.registry.get_sample_value("carousel_anomaly_score_count") == pytest.approx(
+        plain.metrics.registry.get_sample_value("carousel_anomaly_score_count") or 0
+    )
+
+
 def test_of_each_stream_only_the_latest_forecast_of_a_commit_may_be_written(bundle: Bundle) -> None:
     """The states are as exact: the next forecasts are those of an engine that writes every one."""
     every, latest = engine_of(bundle), engine_of(bundle, emit="latest")

@@ -16,12 +16,13 @@ from deploy.broker import EmbeddedBroker
 from deploy.distribution import Distribution, installed
 from service.records import Outgoing, Record
 from service.settings import Settings
+from service.transport import CLIENTS, transport_of
 from service.transport.contract import Offset, Transport
-from service.transport.kafka_python import KafkaPython
 from tests.served import until
 from tests.service.transport.wire import Wire
 
-Connect = Callable[..., KafkaPython]
+Connect = Callable[..., Any]
+"""-> a transport; Any, as some tests reach for its inside."""
 
 
 def own_settings(servers: str, **changed: Any) -> Settings:
@@ -34,18 +35,29 @@ def own_settings(servers: str, **changed: Any) -> Settings:
     return loaded.model_copy(update={"slot": "a", "session_timeout_ms": 6_000} | changed)
 
 
+@pytest.fixture(params=CLIENTS)
+def client(request: pytest.FixtureRequest) -> str:
+    """The setting `transport`: what uses it, is run on each."""
+    return str(request.param)
+
+
 @pytest.fixture
-def settings(bootstrap_servers: str) -> Settings:
-    return own_settings(bootstrap_servers)
+def settings(bootstrap_servers: str, client: str) -> Settings:
+    return own_settings(bootstrap_servers, transport=client)
+
+
+def session_of(settings: Settings, client_id: str = "test") -> Any:
+    """A transport on the client that the settings name."""
+    return transport_of(settings)(settings, client_id)
 
 
 @pytest.fixture
 def connect(settings: Settings) -> Iterator[Connect]:
     """Opens transports of one group, and closes them."""
-    opened: list[KafkaPython] = []
+    opened: list[Transport] = []
 
-    def connected(client_id: str = "", **changed: Any) -> KafkaPython:
-        transport = KafkaPython(settings.model_copy(update=changed), client_id or f"test-{len(opened)}")
+    def connected(client_id: str = "", **changed: Any) -> Any:
+        transport = session_of(settings.model_copy(update=changed), client_id or f"test-{len(opened)}")
         opened.append(transport)
         return transport
 
@@ -130,7 +142,7 @@ def started(transport: Transport, *partitions: int) -> None:
         transport.start(partition, stands.offset if stands else 0)
 
 
-def shared(held: Mapping[KafkaPython, set[int]], count: int) -> bool:
+def shared(held: Mapping[Transport, set[int]], count: int) -> bool:
     """Whether each transport holds so many partitions, by what it was told."""
     for transport, partitions in held.items():
         told = transport.poll(100, 100)

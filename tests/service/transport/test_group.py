@@ -12,20 +12,22 @@ from deploy.broker import BrokerConfig, EmbeddedBroker
 from service.settings import Settings
 from service.transport.contract import Described
 from service.transport.group import KafkaPythonGroup
-from service.transport.kafka_python import KafkaPython
 from tests.served import until
+from tests.service.transport.conftest import session_of
 
 
-def settings_for(servers: str, name: str) -> Settings:
+def settings_for(servers: str, name: str, client: str = "kafka-python") -> Settings:
     topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters", "state")}
-    return Settings.load({"model": "unused", "bootstrap_servers": servers, "group_id": name, **topics})
+    return Settings.load(
+        {"model": "unused", "bootstrap_servers": servers, "group_id": name, "transport": client, **topics}
+    )
 
 
-def test_members_are_described_by_the_urls_that_they_gave_as_client_ids(bootstrap_servers: str) -> None:
-    settings = settings_for(bootstrap_servers, "described")
+def test_members_are_described_by_the_urls_that_they_gave_as_client_ids(bootstrap_servers: str, client: str) -> None:
+    settings = settings_for(bootstrap_servers, f"described-{client}", client)
     group = KafkaPythonGroup(settings)
     names = ("http://127.0.0.1:8001", "https://worker-2.example", "no url", "http://user@host/path")
-    members = [KafkaPython(settings, name) for name in names]
+    members = [session_of(settings, name) for name in names]
     partitions: dict[str, set[int]] = {name: set() for name in names}
 
     def settled() -> Described | None:
@@ -51,7 +53,7 @@ def test_a_broker_that_is_away_is_no_answer_in_time_and_leaves_nothing_behind(tm
     before = threading.active_count()
     with EmbeddedBroker(data) as broker:
         settings = settings_for(broker.bootstrap_servers, "away")
-        member, group = KafkaPython(settings, "http://127.0.0.1:1"), KafkaPythonGroup(settings)
+        member, group = session_of(settings, "http://127.0.0.1:1"), KafkaPythonGroup(settings)
         until("the group", lambda: member.poll(100, 1).assigned)
         until("its description", group.describe)
         member.close()

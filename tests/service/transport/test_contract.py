@@ -1,4 +1,4 @@
-"""The transport's contract, on kafka-python and the genuine Kafka."""
+"""The transport's contract, on each client and the genuine Kafka."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kafka import TopicPartition
@@ -17,8 +18,8 @@ from kafka.structs import OffsetAndMetadata
 from deploy.broker import BrokerConfig, EmbeddedBroker
 from service.errors import AbortedError, DisconnectedError, LostStateError, ServiceError
 from service.settings import Settings
-from service.transport.contract import Bounds, Offset
-from service.transport.kafka_python import KafkaPython
+from service.transport import CLIENTS
+from service.transport.contract import Bounds, Offset, Transport
 from tests.served import until
 from tests.service.transport.conftest import (
     Connect,
@@ -30,6 +31,7 @@ from tests.service.transport.conftest import (
     polled,
     produce,
     producing,
+    session_of,
     shared,
     silent,
     snapshot,
@@ -37,6 +39,7 @@ from tests.service.transport.conftest import (
     started,
     thrown_out,
     visible,
+    where_it_stands,
 )
 
 # Topics.
@@ -147,13 +150,13 @@ def test_a_second_member_takes_partitions_over_and_both_are_told(settings: Setti
     first = connect()
     started(first, 0, 1, 2, 3)
     second = connect(slot="b")
-    held: dict[KafkaPython, set[int]] = {first: {0, 1, 2, 3}, second: set()}
+    held: dict[Transport, set[int]] = {first: {0, 1, 2, 3}, second: set()}
     until("a fair share", lambda: shared(held, 2), 30)
     for partition in range(4):
         produce(settings, [b"x"], partition)
     for partition in held[second]:
         second.start(partition, 0)
-    found: dict[KafkaPython, set[int]] = {first: set(), second: set()}
+    found: dict[Transport, set[int]] = {first: set(), second: set()}
 
     def all_found() -> bool:
         for transport, partitions in found.items():
@@ -162,6 +165,31 @@ def test_a_second_member_takes_partitions_over_and_both_are_told(settings: Setti
 
     until("a record of each partition", all_found, 30)
     assert found == held
+
+
+@pytest.mark.parametrize("slots", ["ab", ("", "")], ids=["slots", "no slots"])
+def test_workers_on_different_clients_share_a_group(
+    settings: Settings, connect: Connect, client: str, slots: Sequence[str]
+) -> None:
+    """So that one can be changed for the other, worker by worker. Who comes first shares out."""
+    (other,) = set(CLIENTS) - {client}
+    create(settings, observations=4)
+    first = connect(slot=slots[0])
+    started(first, 0, 1, 2, 3)
+    first.commit([], {p: Offset(0, "first") for p in range(4)}, [])
+    second = connect(slot=slots[1], transport=other)
+    held: dict[Transport, set[int]] = {first: {0, 1, 2, 3}, second: set()}
+    until("a fair share", lambda: shared(held, 2), 30)
+    assert held[first] | held[second] == {0, 1, 2, 3}
+    for transport, partitions in held.items():
+        transport.commit([], {p: Offset(1, "own") for p in partitions}, [])
+    with pytest.raises(AbortedError):
+        second.commit([], {p: Offset(7, "not its own") for p in held[first]}, [])
+    assert {where_it_stands(first, p) for p in range(4)} == {Offset(1, "own")}
+    first.close()
+    third = connect(slot=slots[0], transport=other)
+    held = {third: set(), second: held[second]}
+    until("what the first one had", lambda: shared(held, 2), 30)
 
 
 def test_the_next_life_of_a_slot_has_its_partitions_at_once(settings: Settings, connect: Connect) -> None:
@@ -246,7 +274,7 @@ def test_an_open_transaction_counts_as_there_and_its_offsets_as_unsettled(settin
     assert stands == Offset(2, "")
 
 
-def settled(transport: KafkaPython) -> Offset | None:
+def settled(transport: Transport) -> Offset | None:
     try:
         return transport.committed(0)
     except TimeoutError:
@@ -303,7 +331,7 @@ def test_a_life_that_ends_before_its_commit_leaves_nothing_to_be_seen(settings: 
     assert visible(settings, settings.forecasts_topic) == [b"0", b"again"]
 
 
-def dies_before_the_offsets(transport: KafkaPython, settings: Settings) -> None:
+def dies_before_the_offsets(transport: Any, settings: Settings) -> None:
     """A commit up to where its records are with the broker; then no more is heard of it."""
     transport._producer.begin_transaction()
     transport._deliver([forecast(settings, b"torn"), snapshot(settings, b"torn")], 5)
@@ -395,18 +423,20 @@ def killed(broker: EmbeddedBroker) -> None:
     until("the broker's end", lambda: broker.poll() is not None)
 
 
-def test_a_session_without_a_broker_says_so_within_ten_seconds() -> None:
+def test_a_session_without_a_broker_says_so_within_ten_seconds(client: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     began_s = time.monotonic()
     with pytest.raises(DisconnectedError, match=f"no Kafka broker answers at 127.0.0.1:{port}"):
-        KafkaPython(own_settings(f"127.0.0.1:{port}"), "test")
+        session_of(own_settings(f"127.0.0.1:{port}", transport=client))
     assert time.monotonic() - began_s < 10
 
 
-def test_a_broker_that_was_killed_ends_the_session_and_the_next_finds_all(own_broker: EmbeddedBroker) -> None:
-    settings = own_settings(own_broker.bootstrap_servers, transaction_timeout_ms=2_000)
-    first = KafkaPython(settings, "first")
+def test_a_broker_that_was_killed_ends_the_session_and_the_next_finds_all(
+    own_broker: EmbeddedBroker, client: str
+) -> None:
+    settings = own_settings(own_broker.bootstrap_servers, transport=client, transaction_timeout_ms=2_000)
+    first = session_of(settings, "first")
     try:
         started(first, 0)
         first.commit([forecast(settings, b"1")], {0: Offset(1, "1")}, [])
@@ -419,7 +449,7 @@ def test_a_broker_that_was_killed_ends_the_session_and_the_next_finds_all(own_br
         first.close()
     own_broker.start()
     assert own_broker.bootstrap_servers == settings.bootstrap_servers
-    second = KafkaPython(settings, "second")
+    second = session_of(settings, "second")
     try:
         started(second, 0)
         assert second.committed(0) == Offset(1, "1")
@@ -429,8 +459,8 @@ def test_a_broker_that_was_killed_ends_the_session_and_the_next_finds_all(own_br
         second.close()
 
 
-def test_a_damaged_batch_is_named(own_broker: EmbeddedBroker) -> None:
-    settings = own_settings(own_broker.bootstrap_servers)
+def test_a_damaged_batch_is_named(own_broker: EmbeddedBroker, client: str) -> None:
+    settings = own_settings(own_broker.bootstrap_servers, transport=client)
     create(settings, observations=1)
     for value in (b"sound", b"to be damaged", b"sound"):
         produce(settings, [value])
@@ -438,7 +468,7 @@ def test_a_damaged_batch_is_named(own_broker: EmbeddedBroker) -> None:
     (log,) = (own_broker.data_dir / "kafka" / f"{settings.observations_topic}-0").glob("*.log")
     damage(log, b"to be damaged")
     own_broker.start()
-    transport = KafkaPython(settings, "test")
+    transport = session_of(settings)
     try:
         started(transport, 0)
         assert [record.value for record in polled(transport, 1)] == [b"sound"]
