@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,13 @@ class Schema(tuple[TensorSpec, ...]):
         """
         ends = [*accumulate(map(_aligned, self), initial=0)]
         return {spec.name: start for spec, start in zip(self, ends, strict=False)}
+
+    @property
+    def record(self) -> np.dtype[np.void]:
+        """A row of a block as numpy reads it."""
+        formats = [(torch.empty(0, dtype=spec.dtype).numpy().dtype, spec.shape) for spec in self]
+        fields = {"names": list(self.offsets), "formats": formats, "offsets": [*self.offsets.values()]}
+        return np.dtype({**fields, "itemsize": self.row_bytes})  # type: ignore[call-overload, no-any-return]
 
     def views(self, block: Tensor) -> Rows:
         """The tensors that lie in a block [B, row_bytes] of uint8. They share its memory."""

@@ -5,7 +5,6 @@ look like stands in `schemas`.
 """
 # No `from __future__ import annotations` here: FastAPI reads annotations, some of which name what is local.
 
-import email.message
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 
 from model.config import ModelConfig
 from model.state import Rows
@@ -28,11 +28,12 @@ from service.classify import Judge
 from service.engine import Engine
 from service.errors import Refused
 from service.events import EventHub, Subscription
-from service.guard import PROBLEM_TYPE, Guard, problem
+from service.guard import PROBLEM_TYPE, Guard, is_json, problem
 from service.metrics import Metrics
 from service.owners import ANY, PARTITION_HEADER, Answer, Owners, Question
-from service.predict import Predictor
+from service.predict import Predictor, arrays_of
 from service.settings import Settings
+from service.straight import Straight
 from service.views import Fields, Partitions
 
 DESCRIPTION = """Forecasts of live streams, and what is known of them.
@@ -88,8 +89,8 @@ def create_app(
     """The API of one worker as an ASGI application; `hub` is where the worker publishes its forecasts, `owners` answers
     about streams, be they this worker's or another's.
     """
-    app = _bare_app(DESCRIPTION, worker, settings, metrics)
     predictor = Predictor(engine)
+    app = _bare_app(DESCRIPTION, worker, settings, metrics, Middleware(Straight, predictor=predictor, owners=owners))
     _add_predict(app, predictor, owners)
     _add_streams(app, engine, predictor, owners)
     _add_events(app, hub)
@@ -128,8 +129,8 @@ def create_classifier_app(judge: Judge, settings: Settings, metrics: Metrics) ->
     return app
 
 
-def _bare_app(description: str, worker: Pulse, settings: Settings, metrics: Metrics) -> FastAPI:
-    """An application that guards itself and tells errors, and has no routes yet."""
+def _bare_app(description: str, worker: Pulse, settings: Settings, metrics: Metrics, *inside: Middleware) -> FastAPI:
+    """An application that guards itself and tells errors, and has no routes yet. inside: what comes after the guard."""
     app = FastAPI(
         title="Carousel",
         version="1",
@@ -137,10 +138,14 @@ def _bare_app(description: str, worker: Pulse, settings: Settings, metrics: Metr
         docs_url=None,  # these pages would load scripts from the internet
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # it would look for it with each request
         responses=failures(500),
+        middleware=[
+            Middleware(Guard, max_body_bytes=settings.max_body_bytes, seconds=metrics.http_seconds),
+            *inside,
+        ],
     )
     app.router.route_class = JsonRoute
-    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, seconds=metrics.http_seconds)
     _add_errors(app, worker)
     return app
 
@@ -187,17 +192,11 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
-            if self.body_field and not _is_json(request.headers.get("content-type", "")):
+            if self.body_field and not is_json(request.headers.get("content-type", "")):
                 raise Refused(415, "send the body as Content-Type: application/json")
             return await handle(JsonRequest(request.scope, request.receive))
 
         return handle_json
-
-
-def _is_json(content_type: str) -> bool:
-    message = email.message.Message()
-    message["content-type"] = content_type
-    return message.get_content_type() == "application/json"
 
 
 def json_answer(content: Any) -> Response:
@@ -357,7 +356,7 @@ def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor, owners: Own
 
         def tell(key: StreamKey, state: Rows) -> Fields:
             (summary,) = views.summaries(engine, [key], state)
-            return {**summary, "forecast": predictor.tell(stream, state)}
+            return {**summary, "forecast": predictor.tell(stream, arrays_of(state))}
 
         return ask(stream, partition, only, "", tell)
 

@@ -47,6 +47,7 @@ class Arena:
         """All rows, [R, row_bytes] uint8; of those that no stream has, the content is of no meaning."""
         self.tensors = schema.views(self.block)
         """The same by name: each [R, ...]."""
+        self._record = schema.record
         self._bytes, self._first = self.block.numpy(), schema.block(1)[0].numpy()
         self._streams: dict[int, OrderedDict[str, int]] = {}
         self._rows = 0
@@ -129,6 +130,13 @@ class Arena:
     def gather(self, rows: Tensor) -> Rows:
         """The states of these rows [B], copied."""
         return self.schema.views(self.block.index_select(0, rows))  # twice as fast as block[rows]
+
+    def row(self, number: int) -> NDArray[np.void]:
+        """The state of one row, copied: its tensors by name, [1, ...] each. So they are much sooner there than if
+        `gather` made a view of each.
+        """
+        row: NDArray[np.void] = self._bytes[number].copy().view(self._record)
+        return row
 
     def scatter(self, rows: Tensor, state: Rows) -> None:
         """Write back states; those tensors alone that `state` has."""

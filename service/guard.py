@@ -7,10 +7,12 @@ client, and memory stays bounded whatever is sent.
 from __future__ import annotations
 
 import asyncio
+import email.message
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from functools import cache, lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -52,7 +54,10 @@ class Guard:
     """ASGI middleware: bounds the request, turns what nobody caught into a 500, measures."""
 
     def __init__(self, app: App, max_body_bytes: int, seconds: Histogram) -> None:
-        self.app, self.max_body_bytes, self.seconds = app, max_body_bytes, seconds
+        self.app, self.max_body_bytes = app, max_body_bytes
+        self._seconds = cache(
+            seconds.labels
+        )  # of few routes, methods and statuses; to find one takes longer than to count
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,7 +91,7 @@ class Guard:
     def _observe(self, scope: Message, status: int, seconds: float) -> None:
         handler = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if scope["method"] in METHODS else "other"
-        self.seconds.labels(handler, method, status).observe(seconds)
+        self._seconds(handler, method, status).observe(seconds)
 
 
 def check_head(scope: Message, max_body_bytes: int) -> None:
@@ -105,6 +110,18 @@ def check_head(scope: Message, max_body_bytes: int) -> None:
         raise Refused(415, "bodies are read as they are, without any Content-Encoding")
     if any(name == b"content-length" and int(value) > max_body_bytes for name, value in headers):
         raise Refused(413, f"the body is larger than {max_body_bytes} bytes")
+
+
+@lru_cache(maxsize=64)
+def is_json(content_type: str) -> bool:
+    """Whether a body of this type is JSON, whatever is told besides.
+
+    >>> is_json("Application/JSON; charset=utf-8"), is_json("application/jsonx")
+    (True, False)
+    """
+    message = email.message.Message()
+    message["content-type"] = content_type
+    return message.get_content_type() == "application/json"
 
 
 async def read_body(receive: Receive, max_bytes: int) -> bytes:

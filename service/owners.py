@@ -137,6 +137,21 @@ class Owners:
                 return moved.answer
             raise
 
+    def at_hand(self, stream: str, partition: int | None) -> int | None:
+        """The partition in which `answer` would look for a stream first, if it is live here and nobody has to be asked
+        about it or the group; else None.
+        """
+        group = self._described
+        if group is None or self._stale(time.monotonic() - self._fresh_s()):
+            return None
+        if partition is None:
+            partition = self._group.candidates(stream.encode(), group.partitions)[0]
+        return partition if self.has(partition) else None
+
+    def has(self, partition: int) -> bool:
+        """Whether a partition is live here now."""
+        return partition in self._worker.live
+
     def page(self, asked: Page, only: str | None) -> Answer:
         """A page of the streams of all workers; with `only`, of this one alone. Raises Refused (503) where one of them
         cannot be asked.
@@ -272,6 +287,11 @@ class Owners:
         if self._described is None:
             raise Moved("Kafka does not say which worker has the stream; come again in a moment")
         return self._described
+
+    def _stale(self, since: float) -> bool:
+        """Whether `_group_since` would ask Kafka, without waiting for others who do."""
+        away = time.monotonic() <= self._away_at + AWAY_S
+        return self._described_at < since and not away and not self._describing.locked()
 
     def _learn(self, group: Described | None, asked_at: float) -> None:
         if group is None:

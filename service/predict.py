@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 from model.config import ModelConfig
 from model.features import Block
 from model.grid import Int64s
+from model.standing import Arrays, Standing
 from model.state import Rows
 from service import grid
 from service.engine import Engine
 from service.errors import Refused, Rejected
-from service.forecasts import quantile_key
+from service.forecasts import Issued, quantile_key
 from service.records import Limits, check_time, check_value, read_covariates, read_time
 from service.schemas import GivenObservation, PredictRequest
-from service.views import Partitions, find
+from service.views import Fields, Partitions, find, find_row
 
 AT_ONCE = 2
 """Histories computed at a time: the worker needs the machine too."""
 PATIENCE_S = 10.0
+SLOTS_KEPT = 128
+"""Whose times after them are kept."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,11 @@ class Predictor:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.config, self.limits = engine, engine.config, engine.limits
         self.max_steps = engine.settings.max_history_steps
+        self._standing = Standing(engine.follower, compiled=engine.compiled is not None)
+        self._times = lru_cache(maxsize=SLOTS_KEPT)(self._times_after)
         self._turns = threading.BoundedSemaphore(AT_ONCE)
 
-    def predict(self, request: PredictRequest, partitions: Partitions | None = None) -> dict[str, Any]:
+    def predict(self, request: PredictRequest, partitions: Partitions | None = None) -> Fields:
         """The fields of a forecast record, cut as asked for, with `timestamps`; a live stream is looked for in
         `partitions` only, unless None. Raises Refused.
         """
@@ -58,13 +63,20 @@ class Predictor:
             raise Refused(422, "give a `stream`, a `history`, or both", ("body",))
         if request.stream is None and request.partition is not None:
             raise Refused(422, "a partition goes with a `stream`", ("body", "partition"))
-        horizon, quantiles = self._horizon(request), self._quantiles(request)
-        given = self._read(request.history) if request.history is not None else None
+        self._horizon(request), self._quantiles(request)  # first, as these are soonest refused
+        if request.history is None:
+            return self.cut(request, find_row(self.engine, request.stream or "", partitions))
+        given = self._read(request.history)
         initial = self.engine.arena.schema.initial(1)
         state = find(self.engine, request.stream, partitions)[1] if request.stream else initial
-        if given:
-            with self._turn():
-                state = self._continue(state, given)
+        with self._turn():
+            return self.cut(request, arrays_of(self._continue(state, given)))
+
+    def cut(self, request: PredictRequest, state: Arrays) -> Fields:
+        """The forecast that stands open in a state [1, ...], cut as asked for. Raises Refused for what the model has
+        not.
+        """
+        horizon, quantiles = self._horizon(request), self._quantiles(request)
         fields = self.tell(request.stream, state, raw=request.raw)
         return {
             **fields,
@@ -72,12 +84,18 @@ class Predictor:
             "timestamps": fields["timestamps"] and fields["timestamps"][:horizon],
         }
 
-    def tell(self, stream: str | None, state: Rows, *, raw: bool = False) -> dict[str, Any]:
+    def tell(self, stream: str | None, state: Arrays, *, raw: bool = False) -> Fields:
         """The forecast that stands open in a state [1, ...], with the time that each of its steps is for."""
-        (fields,) = self.engine.describe([stream or ""], state, raw=raw)
-        ahead = fields["slot"] + np.arange(1, self.config.horizon + 1)
-        times = self.config.grid.time_of(ahead).tolist() if self.config.grid else None
-        return {**fields, "stream": stream, "timestamps": times}
+        live, last = state["steps"] >= self.config.warmup, np.where(state["gap"] == 0, state["values"][:, -1], np.nan)
+        heard = (state["ts_ms"], state["slot"], state["count"], live, last, self._standing.anomaly(state))
+        issued = Issued([stream or ""], *heard, state["scale"], self._standing.values(state, raw=raw))
+        (fields,) = self.engine.teller.describe(issued)
+        return {**fields, "stream": stream, "timestamps": self._times(fields["slot"])}
+
+    def _times_after(self, slot: int) -> list[int] | None:
+        """The times of the horizon's steps: the same for all streams that were last heard in the same slot."""
+        grid = self.config.grid
+        return grid.time_of(slot + np.arange(1, self.config.horizon + 1)).tolist() if grid else None
 
     def _horizon(self, request: PredictRequest) -> int:
         most = self.config.horizon
@@ -136,6 +154,10 @@ class Predictor:
             yield
         finally:
             self._turns.release()
+
+
+def arrays_of(state: Rows) -> Arrays:
+    return {name: tensor.numpy() for name, tensor in state.items()}
 
 
 def read_history(history: Sequence[GivenObservation], limits: Limits, max_steps: int) -> Given:

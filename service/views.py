@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from model.cells import GATES
 from model.config import ModelConfig
+from model.standing import Arrays
 from model.state import Rows
 from service.arena import StreamKey
 from service.engine import Engine
@@ -34,6 +35,25 @@ def find(engine: Engine, stream: str, partitions: Partitions | None = None) -> t
         if key is None:
             raise Refused(404, "no stream of this id was heard")
         return key, _copy(engine, [key])
+
+
+def find_row(engine: Engine, stream: str, partitions: Partitions | None = None) -> Arrays:
+    """A copy of the same stream's state alone. Raises Refused (404) if it is not there."""
+    with engine.lock:
+        key = _last_heard(engine, stream, partitions)
+        row = key and row_of(engine, key)
+    if row is None:
+        raise Refused(404, "no stream of this id was heard")
+    return row
+
+
+def row_of(engine: Engine, key: StreamKey) -> Arrays | None:
+    """A copy of a stream's state; None if none of its observations was seen. The engine's lock is to be held."""
+    number = engine.arena.find(key)
+    if number is None:
+        return None
+    row = engine.arena.row(number)
+    return row if row["count"][0] else None
 
 
 def _last_heard(engine: Engine, stream: str, partitions: Partitions | None) -> StreamKey | None:

@@ -1,0 +1,91 @@
+"""What stands open in a single stream's row: on so few numbers each operation of torch takes longer than all that is
+done here, and lets other threads in between.
+
+`Follower.standing` and `Anomaly.score` are the definitions; a test holds this to them. Where waves are moved by the
+compiled step, numbers come from its own kernel, so that they are bit for bit those that were issued.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.anomaly import RATES, WEIGHTS
+from model.follow import Follower
+
+kernels: ModuleType | None
+try:
+    from model import kernels
+except ImportError:  # without the extra `fast`
+    kernels = None
+
+
+class Arrays(Protocol):
+    """The state of B streams, or what is needed of it: name -> array [B, *shape]."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+
+
+class Standing:
+    """Reads the rows of one follower's streams. compiled: whether waves are moved by the compiled step."""
+
+    def __init__(self, follower: Follower, *, compiled: bool = False) -> None:
+        calibration, config = follower.calibration, follower.config
+        self._calibrates, self._middle = calibration.on, calibration.middle
+        self._weights, self._ends, self._side = (
+            tensor.numpy() for tensor in (calibration.weights, calibration.ends, calibration.side)
+        )
+        self._warmup, self._scores = config.warmup, len(config.quantiles) > 1
+        self._tails = [*zip((WEIGHTS / WEIGHTS.sum()).tolist(), RATES.tolist(), strict=True)]
+        self._issue = _Issue(follower) if compiled else None
+
+    def values(self, state: Arrays, *, raw: bool = False) -> NDArray[np.float64]:
+        """The forecasts as issued, or raw, in the series' own unit: [B, H, Q]."""
+        offsets = state["offsets"]
+        if self._calibrates and not raw:
+            stretch = state["waiting_stretch"][:, self._ends]
+            if self._issue:
+                return self._issue(state, stretch)
+            factor = torch.from_numpy(self._weights @ stretch).exp().numpy()  # numpy's own is another by the last bit
+            middle = offsets[..., self._middle, None]
+            offsets = middle + factor[..., self._side] * (offsets - middle)
+        return np.asarray(state["base"][..., None] + state["scale"][:, None, None] * offsets, dtype=np.float64)
+
+    def anomaly(self, state: Arrays) -> NDArray[np.float64]:
+        """The scores of the last observations [B]; NaN where one is missing, or came while warming."""
+        known = (state["gap"] == 0) & (state["steps"] > self._warmup) & self._scores
+        sums = zip(known.tolist(), state["surprise"].tolist(), strict=True)
+        return np.array([self._score(surprise) if one else math.nan for one, surprise in sums])
+
+    def _score(self, surprise: float) -> float:
+        tail = sum([weight * math.exp(-rate * surprise) for weight, rate in self._tails])
+        return abs(math.log10(min(max(tail, 1e-300), 1.0)))
+
+
+class _Issue:
+    """`kernels.issue`, row by row."""
+
+    def __init__(self, follower: Follower) -> None:
+        assert kernels is not None  # noqa: S101  # it was its step that moved the waves
+        config, model = follower.config, np.zeros(1, kernels.MODEL)
+        self._sizes = config.horizon, len(config.quantiles)
+        model["horizon"], model["count"], model["middle"] = *self._sizes, follower.calibration.middle
+        self._model, self._kernel = model[0], kernels.issue
+        self._weights = np.ascontiguousarray(follower.calibration.weights.numpy().T)
+        first = {name: tensor.numpy() for name, tensor in follower.schema.initial(1).items()}
+        self(first, first["waiting_stretch"][:, : len(self._weights)])  # compiled now, and not by a request
+
+    def __call__(self, state: Arrays, stretch: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Forecasts [B, H, Q] with their stretch [B, K, 2] of the settled horizons."""
+        horizon, count = self._sizes
+        factors, issued = np.empty((2, horizon), dtype=np.float32), np.empty((len(stretch), count, horizon))
+        by_quantile = np.ascontiguousarray(state["offsets"].transpose(0, 2, 1))
+        for n, row in enumerate(issued):
+            of_one = (state["base"][n], state["scale"][n], by_quantile[n], stretch[n])
+            self._kernel(self._model, *of_one, self._weights, factors, row)
+        return issued.transpose(0, 2, 1)

@@ -1,0 +1,120 @@
+"""The straight way: a forecast of a live stream that this worker has, told on the event loop itself.
+
+It stands before the API, which would take longer to find its route, its parameters and a thread than the forecast takes
+to be told. Whatever is not plainly such a request, or cannot be answered at once, goes on to the API as it came: so
+there is one who checks requests and says what is wrong with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from types import SimpleNamespace
+
+import orjson
+from pydantic import ValidationError
+
+from model.standing import Arrays
+from service.arena import StreamKey
+from service.engine import Engine
+from service.errors import Refused
+from service.guard import App, Message, Receive, Send, is_json, replay
+from service.owners import PARTITION_HEADER, Owners
+from service.predict import Predictor
+from service.schemas import PredictRequest
+from service.views import row_of
+
+PATH = "/v1/predict"
+ROUTE = SimpleNamespace(path=PATH)
+"""What the clock takes for the route."""
+Asked = tuple[StreamKey, "asyncio.Future[Arrays | None]"]
+
+
+class Straight:
+    """ASGI middleware, inside the guard: bodies come in one piece, and `app` is asked where this has no answer."""
+
+    def __init__(self, app: App, predictor: Predictor, owners: Owners) -> None:
+        self.app, self._predictor, self._owners = app, predictor, owners
+        self._reader = Reader(predictor.engine)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if not _may_be(scope):
+            await self.app(scope, receive, send)
+            return
+        body: bytes = (await receive())["body"]
+        answer = await self._answer(body)
+        if answer is None:
+            await self.app(scope, replay(body, receive), send)
+            return
+        scope["route"] = ROUTE
+        headers = [(b"content-length", b"%d" % len(answer)), (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": answer})
+
+    async def _answer(self, body: bytes) -> bytes | None:
+        """The forecast that is asked for; None: it is not this worker's to tell at once, or something is wrong."""
+        try:
+            request = PredictRequest.model_validate(orjson.loads(body))
+        except (orjson.JSONDecodeError, ValidationError):
+            return None
+        if request.stream is None or request.history is not None:
+            return None
+        partition = self._owners.at_hand(request.stream, request.partition)
+        if partition is None:
+            return None
+        row = await self._reader.row(StreamKey(partition, request.stream))
+        if row is None or not self._owners.has(partition):  # its streams may have been forgotten meanwhile
+            return None
+        try:
+            return orjson.dumps(self._predictor.cut(request, row), option=orjson.OPT_SERIALIZE_NUMPY)
+        except Refused:
+            return None
+
+
+def _may_be(scope: Message) -> bool:
+    """Whether the head is that of such a request, and of none that another worker has passed on."""
+    if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
+        return False
+    headers = dict(reversed(scope["headers"]))  # of several the first
+    return PARTITION_HEADER.encode() not in headers and is_json(headers.get(b"content-type", b"").decode("latin-1"))
+
+
+class Reader:
+    """Reads rows for an event loop, which must not wait for the engine's lock, as everybody else would wait with it.
+    Where a wave moves, a thread waits for its end, once for all who have asked by then.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._asked: deque[Asked] = deque()
+        self._waits = False
+
+    async def row(self, key: StreamKey) -> Arrays | None:
+        """A copy of a stream's state; None if it is not there."""
+        if self._engine.lock.acquire(blocking=False):
+            try:
+                return row_of(self._engine, key)
+            finally:
+                self._engine.lock.release()
+        found: asyncio.Future[Arrays | None] = asyncio.get_running_loop().create_future()
+        self._asked.append((key, found))
+        if not self._waits:
+            self._wait()
+        return await found
+
+    def _wait(self) -> None:
+        self._waits = True
+        asyncio.get_running_loop().run_in_executor(None, self._read).add_done_callback(self._tell)
+
+    def _read(self) -> list[tuple[Asked, Arrays | None]]:
+        with self._engine.lock:
+            asked = [self._asked.popleft() for _ in range(len(self._asked))]
+            return [(one, row_of(self._engine, one[0])) for one in asked]
+
+    def _tell(self, read: asyncio.Future[list[tuple[Asked, Arrays | None]]]) -> None:
+        for (_, found), row in read.result():
+            if not found.done():  # its client may have gone
+                found.set_result(row)
+        self._waits = False
+        if self._asked:
+            self._wait()
