@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,11 @@ from service.worker import Worker
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.0005
+"""After so long the worker's thread lets that of HTTP go on, which asks for it several times a request; Python's own
+5 ms would be felt in each answer.
+"""
+
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; then finish the wave, deliver, commit, leave the group.
@@ -35,6 +41,7 @@ def serve(settings: Settings) -> None:
     Raises BundleError where the model cannot be loaded and ServiceError where the service cannot start or go on.
     """
     torch.set_num_threads(settings.threads)
+    sys.setswitchinterval(SWITCH_S)
     bundle = open_bundle(settings.model)
     metrics = Metrics()
     metrics.build.info({"version": version_installed()})
