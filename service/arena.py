@@ -11,6 +11,7 @@ grows row by row, and nothing is ever copied for it.
 from __future__ import annotations
 
 import mmap
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -23,8 +24,8 @@ from torch import Tensor
 from model.state import Rows, Schema
 
 FIRST_ROWS = 256
-ADDRESSES_BYTES = 1 << 38
-"""Of address space, not of memory: more than any machine will give to one process."""
+ADDRESSES_BYTES = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+"""Of address space, not of memory: more than this machine has of that."""
 MAP_NORESERVE = 0x4000
 """Linux's; Python has no name for it."""
 NO_STREAMS: Mapping[str, int] = {}

@@ -353,7 +353,7 @@ class TestCommands:
 
 @dataclass(frozen=True)
 class Image:
-    """What `pip install '.[fast]'` puts into the image, as a directory; run with nothing else that is installed here."""
+    """What `pip install '.[fast]'` puts into the image, as a directory; run with nothing else that is here."""
 
     site: Path
     absent: tuple[str, ...]
