@@ -8,7 +8,6 @@ compiled step, numbers come from its own kernel, so that they are bit for bit th
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,12 +16,6 @@ from numpy.typing import NDArray
 
 from model.anomaly import RATES, WEIGHTS
 from model.follow import Follower
-
-kernels: ModuleType | None
-try:
-    from model import kernels
-except ImportError:  # without the extra `fast`
-    kernels = None
 
 
 class Arrays(Protocol):
@@ -71,7 +64,8 @@ class _Issue:
     """`kernels.issue`, row by row."""
 
     def __init__(self, follower: Follower) -> None:
-        assert kernels is not None  # noqa: S101  # it was its step that moved the waves
+        from model import kernels  # there, as its step moved the waves; and slow to load where it did not
+
         config, model = follower.config, np.zeros(1, kernels.MODEL)
         self._sizes = config.horizon, len(config.quantiles)
         model["horizon"], model["count"], model["middle"] = *self._sizes, follower.calibration.middle

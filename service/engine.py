@@ -166,7 +166,7 @@ class Engine:
         """What is written to the forecasts topic."""
         asked = settings.emit_quantiles, settings.emit_horizons, settings.emit_decimals
         try:
-            return Teller(self.bundle.model_id, self.config, *asked)
+            return Teller(self.bundle.model_id, self.config, *asked, compiled=settings.compiled)
         except ValueError as error:
             raise ServiceError(f"setting emit_quantiles or emit_horizons: {error}") from error
 

@@ -6,7 +6,7 @@ dearest part of a record; where numba is installed, `service.digits` does it for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,6 @@ from numpy.typing import NDArray
 
 from model.config import ModelConfig
 from model.grid import Int64s
-
-try:
-    from service import digits
-except ImportError:  # without the extra `fast`
-    digits = None  # type: ignore[assignment]
 
 DIGITS = 5
 """Of a stream's scale."""
@@ -78,6 +73,14 @@ def rounded(values: Float64s, decimals: Int64s) -> Float64s:
     return np.asarray(np.rint(values * up / down) / up * down)
 
 
+def _compiled_writer() -> Callable[[Float64s, Int64s, Sequence[str]], Iterator[bytes | None]] | None:
+    try:
+        from service.digits import write
+    except ImportError:  # without the extra `fast`
+        return None
+    return write
+
+
 class Teller:
     """Tells the forecasts of one model."""
 
@@ -88,9 +91,12 @@ class Teller:
         quantiles: Sequence[float] = (),
         horizons: Sequence[int] = (),
         decimals: int | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         """quantiles, horizons (steps ahead, from 1): those to be told; empty: all. decimals: None: as many as the
-        stream's scale deserves. Raises ValueError for what the model does not forecast.
+        stream's scale deserves. compiled: write numbers by `service.digits`, if numba is installed. Raises ValueError
+        for what the model does not forecast.
         """
         self.model, self.step_ms, self.decimals, self.horizons = model, config.step_ms, decimals, list(horizons)
         known = [quantile_key(quantile) for quantile in config.quantiles]
@@ -100,6 +106,7 @@ class Teller:
         if any(not 1 <= horizon <= config.horizon for horizon in horizons):
             raise ValueError(f"the model forecasts the steps 1 ... {config.horizon}, not {list(horizons)}")
         self._columns = [known.index(key) for key in self.keys] if quantiles else None
+        self.write = _compiled_writer() if compiled else None
         self._ahead = [horizon - 1 for horizon in horizons] if horizons else None
 
     def describe(self, issued: Issued) -> Iterator[dict[str, Any]]:
@@ -111,10 +118,10 @@ class Teller:
 
     def encode(self, issued: Issued) -> list[bytes]:
         """The same fields of each forecast's record, as JSON."""
-        if digits is None:
+        if self.write is None:
             return [orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY) for fields in self.describe(issued)]
         ends = b'},"status":"warming"}', b'},"status":"live"}'
-        values = digits.write(self._values(issued), self._decimals(issued), self.keys)
+        values = self.write(self._values(issued), self._decimals(issued), self.keys)
         rows = zip(self._fields(issued), values, issued.live.tolist(), strict=True)
         return [
             b"".join((orjson.dumps(fields)[:-1], b',"quantiles":{', numbers, ends[live]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -43,6 +44,8 @@ class Served:
     settings: Mapping[str, Any]
     log_file: Path
     program: Sequence[str] = (sys.executable, "-m", "carousel")
+    compiled: bool = False
+    """By numba, which takes longer to load than most tests take."""
     process: subprocess.Popen[bytes] = field(init=False)
     url: str = field(init=False)
 
@@ -63,7 +66,9 @@ class Served:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.settings.items()]
         with self.log_file.open("ab") as log:
             since = log.tell()
-            self.process = subprocess.Popen([*self.program, "serve", *flags], stdout=log, stderr=log)
+            environment = os.environ | {"CAROUSEL_COMPILED": str(self.compiled)}
+            command = [*self.program, "serve", *flags]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self.url = until("the URL in the log", lambda: self._said(since))
         if wait:
             until("readiness", self.ready)
@@ -127,13 +132,19 @@ class Served:
 
 @contextmanager
 def serving(
-    bundle: Path, servers: str, directory: Path, partitions: int = 4, wait: bool = True, **settings: Any
+    bundle: Path,
+    servers: str,
+    directory: Path,
+    partitions: int = 4,
+    wait: bool = True,
+    compiled: bool = False,
+    **settings: Any,
 ) -> Iterator[Served]:
     """`carousel serve` with topics of its own, until the end of the block."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     topics = {f"{role}_topic": f"{name}.{role}" for role in ("observations", "forecasts", "dead_letters", "state")}
     own = {"model": bundle, "bootstrap_servers": servers, "group_id": name, "http_port": 0, "partitions": partitions}
-    served = Served(servers, own | topics | settings, directory / f"{name}.log")
+    served = Served(servers, own | topics | settings, directory / f"{name}.log", compiled=compiled)
     served.start(wait)
     try:
         yield served

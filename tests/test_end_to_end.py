@@ -31,7 +31,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(bundle: Path, bootstrap_servers: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A service that has taken 50 streams x 200 observations with 1% garbage among them."""
-    with serving(bundle, bootstrap_servers, tmp_path_factory.mktemp("serve")) as served:
+    with serving(bundle, bootstrap_servers, tmp_path_factory.mktemp("serve"), compiled=True) as served:
         served.produce(records())
         yield served
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from model.grid import Grid
-from service import forecasts
 from service.forecasts import Issued, Teller, decimals_of, rounded
 
 CONFIG = ModelConfig(grid=Grid(3_600_000), horizon=5, quantiles=(0.1, 0.5, 0.975))
@@ -47,13 +46,9 @@ def plain(fields: dict[str, Any]) -> dict[str, Any]:
 @settings(max_examples=20, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_bytes_of_a_record_hold_the_fields_that_http_tells(compiled: bool, seed: int) -> None:
-    teller, some = Teller("model@1", CONFIG), issued(seed)
-    with pytest.MonkeyPatch.context() as patch:
-        if compiled:
-            assert forecasts.digits is not None, "without numba numbers are written by orjson"
-        else:
-            patch.setattr(forecasts, "digits", None)
-        told = [json.loads(value) for value in teller.encode(some)]
+    teller, some = Teller("model@1", CONFIG, compiled=compiled), issued(seed)
+    assert (teller.write is not None) == compiled, "without numba numbers are written by orjson"
+    told = [json.loads(value) for value in teller.encode(some)]
     assert told == [plain(fields) for fields in teller.describe(some)]
 
 
