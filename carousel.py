@@ -449,7 +449,9 @@ def command_of_settings() -> Any:
     ]
     for name, field in Settings.model_fields.items():
         default = "required" if field.is_required() else field.default
-        kind = str if get_origin(field.annotation) is list else field.annotation  # a list is given as text
+        # A list is given as text, and so is a bool: a flag with its opposite would leave no room for the names.
+        as_text = get_origin(field.annotation) is list or field.annotation is bool
+        kind = str if as_text else field.annotation
         text = f"{field.description}  \\[default: {default}; env: CAROUSEL_{name.upper()}]"
         parameters.append(
             inspect.Parameter(

@@ -38,7 +38,7 @@ def tiny(bootstrap_servers: str, *what: str, **changed: object) -> BenchConfig:
 
 
 def quiet() -> Console:
-    return Console(record=True, width=160, file=io.StringIO())
+    return Console(record=True, width=400, file=io.StringIO())
 
 
 def named(figures: list[Figure], *parts: str) -> list[Figure]:
