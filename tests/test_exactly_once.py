@@ -62,8 +62,8 @@ def test_a_worker_killed_at_any_moment_goes_on_as_if_it_had_not_been(
         peaceful.produce(hours(0, HOURS))
         expected = told(peaceful, 8 * HOURS)
     with serving(bundle, bootstrap_servers, tmp_path, **quick) as served:
-        for first in range(0, HOURS, HOURS // 3):
-            served.produce(hours(first, first + HOURS // 3))
+        for first in range(0, HOURS, HOURS // 2):
+            served.produce(hours(first, first + HOURS // 2))
             told(served, 8 * first + 40)
             served.process.send_signal(signal.SIGKILL)
             served.process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,10 +41,14 @@ def probes(bench: Bench) -> Iterator[Probe]:
 def _measure(told: str, forecaster: Forecaster, wave: int) -> Iterator[Sample]:
     name = f"wave of {wave:,}, {told}"
     limit = f"{name}: bare LSTM and head"
-    steps = _bare(forecaster, wave), _network(forecaster, wave), _follower(forecaster, wave)
-    bare, network, whole = _per_row(wave, steps)
+    steps = [_bare(forecaster, wave), _network(forecaster, wave), _follower(forecaster, wave)]
+    if has_numba():
+        steps.append(_compiled(forecaster, wave))
+    bare, network, whole, *compiled = _per_row(wave, steps)
     yield Sample(limit, bare, UNIT, "limit")
-    yield Sample(f"{name}: carousel's step, all of it", whole, UNIT, limit=limit)
+    for took in compiled:
+        yield Sample(f"{name}: carousel's step, compiled", took, UNIT, limit=limit)
+    yield Sample(f"{name}: carousel's step, by torch", whole, UNIT, limit=limit)
     yield Sample(f"{name}: of that, features and blending", network - bare, UNIT, limit=limit)
     yield Sample(f"{name}: of that, scoring and calibration", whole - network, UNIT, limit=limit)
 
@@ -82,6 +87,27 @@ def _network(forecaster: Forecaster, wave: int) -> Callable[[], None]:
 def _follower(forecaster: Forecaster, wave: int) -> Callable[[], None]:
     follower = Follower(forecaster)
     return _stepping(follower.schema.initial(wave), wave, lambda rows, block: follower.advance(rows, block).rows)
+
+
+def has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _compiled(forecaster: Forecaster, wave: int) -> Callable[[], None]:
+    """In place, on rows that lie among others in any order."""
+    from model.fused import FusedStep
+
+    follower = Follower(forecaster)
+    fused, block = FusedStep(follower, follower.schema), follower.schema.block(wave)
+    rows, values = torch.randperm(wave), torch.full((wave,), 1.0, dtype=torch.float64)
+    nothing, number = torch.zeros(wave, 0, dtype=torch.float64), 0
+
+    def step() -> None:
+        nonlocal number
+        number += 1
+        fused.advance(block, rows, values + number % 24, torch.full((wave,), START_MS + number * HOUR_MS), nothing)
+
+    return step
 
 
 def _stepping(rows: Rows, wave: int, advance: Callable[[Rows, Block], Rows]) -> Callable[[], None]:
