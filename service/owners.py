@@ -15,7 +15,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Protocol, TypeVar
 from urllib.parse import urlencode
 
@@ -137,20 +137,22 @@ class Owners:
                 return moved.answer
             raise
 
-    def at_hand(self, stream: str, partition: int | None) -> int | None:
-        """The partition in which `answer` would look for a stream first, if it is live here and nobody has to be asked
-        about it or the group; else None.
+    def at_hand(self, stream: str, partition: int | None) -> list[Partitions]:
+        """Where `answer` would look for a stream, one after another, as long as that is live here and nobody has to be
+        asked about it or the group.
         """
-        group = self._described
+        group, live = self._described, self._worker.live
         if group is None or self._stale(time.monotonic() - self._fresh_s()):
-            return None
-        if partition is None:
-            partition = self._group.candidates(stream.encode(), group.partitions)[0]
-        return partition if self.has(partition) else None
+            return []
+        if partition is not None:
+            return [frozenset({partition})] if partition in live else []
+        likely = self._group.candidates(stream.encode(), group.partitions)
+        looks = [frozenset({one}) for one in takewhile(live.__contains__, likely)]
+        return [*looks, live] if live.issuperset(range(group.partitions)) else looks
 
-    def has(self, partition: int) -> bool:
-        """Whether a partition is live here now."""
-        return partition in self._worker.live
+    def has(self, partitions: Partitions) -> bool:
+        """Whether partitions are live here now."""
+        return partitions <= self._worker.live
 
     def page(self, asked: Page, only: str | None) -> Answer:
         """A page of the streams of all workers; with `only`, of this one alone. Raises Refused (503) where one of them

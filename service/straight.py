@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import orjson
 from pydantic import ValidationError
 
 from model.standing import Arrays
-from service.arena import StreamKey
 from service.engine import Engine
 from service.errors import Refused
 from service.guard import App, Message, Receive, Send, is_json, replay
 from service.owners import PARTITION_HEADER, Owners
 from service.predict import Predictor
 from service.schemas import PredictRequest
-from service.views import row_of
+from service.views import Partitions, first_row
 
 PATH = "/v1/predict"
 ROUTE = SimpleNamespace(path=PATH)
 """What the clock takes for the route."""
-Asked = tuple[StreamKey, "asyncio.Future[Arrays | None]"]
+Found = asyncio.Future[Arrays | None]
+Asked = tuple[str, Sequence[Partitions], Found]
+Told = tuple[Found, Arrays | None]
 
 
 class Straight:
@@ -59,11 +61,9 @@ class Straight:
             return None
         if request.stream is None or request.history is not None:
             return None
-        partition = self._owners.at_hand(request.stream, request.partition)
-        if partition is None:
-            return None
-        row = await self._reader.row(StreamKey(partition, request.stream))
-        if row is None or not self._owners.has(partition):  # its streams may have been forgotten meanwhile
+        looks = self._owners.at_hand(request.stream, request.partition)
+        row = await self._reader.row(request.stream, looks) if looks else None
+        if row is None or not self._owners.has(frozenset().union(*looks)):  # they may have been forgotten meanwhile
             return None
         try:
             return orjson.dumps(self._predictor.cut(request, row), option=orjson.OPT_SERIALIZE_NUMPY)
@@ -89,15 +89,15 @@ class Reader:
         self._asked: deque[Asked] = deque()
         self._waits = False
 
-    async def row(self, key: StreamKey) -> Arrays | None:
-        """A copy of a stream's state; None if it is not there."""
+    async def row(self, stream: str, looks: Sequence[Partitions]) -> Arrays | None:
+        """A copy of a stream's state, from the first of `looks` that has it; None if none has."""
         if self._engine.lock.acquire(blocking=False):
             try:
-                return row_of(self._engine, key)
+                return first_row(self._engine, stream, looks)
             finally:
                 self._engine.lock.release()
-        found: asyncio.Future[Arrays | None] = asyncio.get_running_loop().create_future()
-        self._asked.append((key, found))
+        found: Found = asyncio.get_running_loop().create_future()
+        self._asked.append((stream, looks, found))
         if not self._waits:
             self._wait()
         return await found
@@ -106,13 +106,13 @@ class Reader:
         self._waits = True
         asyncio.get_running_loop().run_in_executor(None, self._read).add_done_callback(self._tell)
 
-    def _read(self) -> list[tuple[Asked, Arrays | None]]:
+    def _read(self) -> list[Told]:
         with self._engine.lock:
             asked = [self._asked.popleft() for _ in range(len(self._asked))]
-            return [(one, row_of(self._engine, one[0])) for one in asked]
+            return [(found, first_row(self._engine, stream, looks)) for stream, looks, found in asked]
 
-    def _tell(self, read: asyncio.Future[list[tuple[Asked, Arrays | None]]]) -> None:
-        for (_, found), row in read.result():
+    def _tell(self, read: asyncio.Future[list[Told]]) -> None:
+        for found, row in read.result():
             if not found.done():  # its client may have gone
                 found.set_result(row)
         self._waits = False

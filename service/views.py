@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,26 +40,26 @@ def find(engine: Engine, stream: str, partitions: Partitions | None = None) -> t
 def find_row(engine: Engine, stream: str, partitions: Partitions | None = None) -> Arrays:
     """A copy of the same stream's state alone. Raises Refused (404) if it is not there."""
     with engine.lock:
-        key = _last_heard(engine, stream, partitions)
-        row = key and row_of(engine, key)
+        row = first_row(engine, stream, [partitions])
     if row is None:
         raise Refused(404, "no stream of this id was heard")
     return row
 
 
-def row_of(engine: Engine, key: StreamKey) -> Arrays | None:
-    """A copy of a stream's state; None if none of its observations was seen. The engine's lock is to be held."""
-    number = engine.arena.find(key)
-    if number is None:
-        return None
-    row = engine.arena.row(number)
-    return row if row["count"][0] else None
+def first_row(engine: Engine, stream: str, looks: Iterable[Partitions | None]) -> Arrays | None:
+    """The same from the first of `looks` that has such a stream; None if none has. The engine's lock is to be held."""
+    for partitions in looks:
+        if key := _last_heard(engine, stream, partitions):
+            return engine.arena.row(engine.arena.streams(key.partition)[key.stream])
+    return None
 
 
 def _last_heard(engine: Engine, stream: str, partitions: Partitions | None) -> StreamKey | None:
     arena = engine.arena
-    ts_ms, count = arena.column("ts_ms"), arena.column("count")
     keys = [key for key in arena.keys_of(stream) if partitions is None or key.partition in partitions]
+    if not keys:
+        return None
+    ts_ms, count = arena.column("ts_ms"), arena.column("count")
     rows = {key: row for key in keys if (row := arena.find(key)) is not None and count[row]}
     return max(rows, key=lambda key: (ts_ms[rows[key]], key.partition), default=None)
 
