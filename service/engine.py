@@ -194,7 +194,7 @@ class Engine:
         with self.lock:
             moves, refused = self._take(seen)
         outgoing += refused
-        outgoing += self._advance(moves)
+        outgoing += self._advance(moves, told=True)
         self._settle()
         return outgoing
 
@@ -209,9 +209,7 @@ class Engine:
         seen = part(seen, np.flatnonzero(~self._holes(seen)))
         with self.lock:
             moves = Moves.of(seen, [(np.arange(len(seen.streams)), partition.take(seen, covered))])
-        for together in moves.runs(np.arange(len(moves.row))):
-            with self.lock:
-                self._burst(moves, together, told=False)
+        self._advance(moves, told=False)
         with self.lock:
             partition.settle()
             self.arena.commit()
@@ -274,8 +272,10 @@ class Engine:
             for partition in self.partitions.values():
                 partition.settle()
 
-    def _advance(self, moves: Moves) -> list[Outgoing]:
-        """Move rows on in waves, as long as those are wide; what is left after that, run by run."""
+    def _advance(self, moves: Moves, *, told: bool) -> list[Outgoing]:
+        """Move rows on in waves, as long as those are wide; what is left after that, run by run. -> the forecasts, if
+        they are to be told.
+        """
         outgoing: list[Outgoing] = []
         turn = turns(moves.line)
         wide = _wide(np.bincount(turn))
@@ -284,12 +284,12 @@ class Engine:
             with timed(self.metrics.wave_seconds):
                 with self.lock:
                     stepped = self._wave(moves, early[wave])
-                outgoing += self._told(moves, stepped)
+                outgoing += self._told(moves, stepped) if told else ()
         for together in moves.runs(late):
             with timed(self.metrics.wave_seconds):
                 with self.lock:
-                    pieces_of = self._burst(moves, together, told=True)
-                outgoing += [one for stepped in pieces_of for one in self._told(moves, stepped)]
+                    pieces_of = self._burst(moves, together, told=told)
+                outgoing += [one for stepped in pieces_of for one in self._told(moves, stepped)] if told else ()
         return outgoing
 
     def _told(self, moves: Moves, stepped: Stepped) -> Iterator[Outgoing]:
@@ -358,6 +358,7 @@ class Engine:
 
     def _burst(self, moves: Moves, together: Runs, *, told: bool) -> list[Stepped]:
         """Move rows through all the moves of their runs, T > 1 steps at a time."""
+        self.metrics.bridged.inc(int(moves.missing[together.moves].sum()))
         rows = moves.row[together.head]
         at, stepped = np.zeros(len(rows), dtype=np.int64), []
         self._start_afresh(rows[moves.afresh[together.head]])

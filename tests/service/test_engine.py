@@ -169,6 +169,26 @@ def test_gaps_of_all_lengths_in_one_wave_are_bridged_together(bundle: Bundle) ->
         assert np.abs(quantiles(forecast) - expected).max() <= 1e-4 * scale
 
 
+def test_many_observations_of_few_streams_go_some_steps_at_a_time_and_are_forecast_as_one_by_one(
+    bundle: Bundle,
+) -> None:
+    at_once, one_by_one = engine_of(bundle), engine_of(bundle)
+    records = hourly("a", {hour: float(hour % 24) for hour in range(200) if hour % 50 < 45})
+    records += hourly("b", {0: 1.0, 60: 2.0, 61: None, 200: 4.0})
+    together, alone = forecasts(at_once.process(records)), []
+    for one in records:
+        alone += forecasts(one_by_one.process([one]))
+    steps = "carousel_step_duration_seconds_count"
+    assert at_once.metrics.registry.get_sample_value(steps) < len(records) / 4  # type: ignore[operator]
+    for told in (together, alone):
+        told.sort(key=lambda forecast: (forecast["stream"], forecast["ts"]))
+    assert [f["count"] for f in together] == [f["count"] for f in alone]
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(quantiles(one), quantiles(other), atol=1e-3)
+    for name in ("bridged", "restarted"):
+        assert getattr(at_once.metrics, name)._value.get() == getattr(one_by_one.metrics, name)._value.get() > 0
+
+
 def test_garbage_among_the_records_disturbs_nobody(bundle: Bundle) -> None:
     clean, dirty = engine_of(bundle), engine_of(bundle)
     good = hourly("a", {hour: float(hour) for hour in range(20)})
