@@ -26,9 +26,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(BIN)/carousel demo $(ARGS)
 
-# Two files at a time: most of a test is waiting for processes. Each half has a Kafka of its own.
+# Three files at a time: most of a test is waiting for processes. Each has a Kafka of its own.
 test: $(READY)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check
