@@ -160,18 +160,23 @@ def _column(numbers: Sequence[int]) -> Int64s:
 
 
 def _line_of(record: Record, max_bytes: int) -> bytes:
-    """A value that may be decoded together with others; NO_LINE if it may not: then each line is one value, and none
-    can come to stand for two.
+    """A value that may be decoded together with others; NO_LINE if it may not.
+
+    The decoder takes lines for white space: it would take two values on one, or one on two. But what begins and ends
+    with a brace, and has no line of its own, holds a value at least and cannot be continued by such another: so as many
+    values as lines are one on each, and none can come to stand for another stream's.
     """
     value = record.value
-    return NO_LINE if value is None or len(value) > max_bytes or b"\n" in value else value
+    if value is None or len(value) > max_bytes or b"\n" in value:
+        return NO_LINE
+    return value if value.startswith(b"{") and value.endswith(b"}") else NO_LINE
 
 
 def _decode_together(lines: Sequence[bytes]) -> Sequence[_Body]:
     """The bodies of values, as many at a time as go; `NO_BODY` where one cannot be decoded."""
     try:
         bodies = _decoder.decode_lines(b"\n".join(lines))
-        if len(bodies) == len(lines):  # an empty line would be passed over
+        if len(bodies) == len(lines):
             return bodies
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         pass

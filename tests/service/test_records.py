@@ -18,6 +18,7 @@ from service.records import (
     Record,
     dead_letter,
     parse,
+    read,
     read_time,
 )
 
@@ -205,3 +206,27 @@ def test_a_dead_letter_always_fits_and_tells_what_was_cut(
         assert value.startswith(letter.value)
     whole = len(letter.key or b"") + len(letter.value) + sum(len(n) + len(v or b"") for n, v in letter.headers)
     assert whole < 1_048_576 - 1_000
+
+
+SHIFTING = (
+    [b'{"value":1}{"value":2}', b'{"value":3}', b""],
+    [b"", b'{"value":3}', b'{"value":1} {"value":2}'],
+    [b'{"value":1,"covariates":', b'{"a":1}}', b'{"value":3}', b'{"value":1}{"value":2}'],
+    [b'{"value":1,"covariates":{"a":1}', b'{"value":3}', b'{"value":1}{"value":2}'],
+    [b'{"value":1}\n{"value":2}', b'{"value":3}', b" \t"],
+    [b'{"value":1}\r{"value":2}', b'{"value":3}', b"\r"],
+)
+
+
+@pytest.mark.parametrize("values", SHIFTING)
+def test_no_record_among_others_can_give_them_another_value(values: list[bytes]) -> None:
+    """Records are decoded together: those that hold two values, or none, must not move those of their neighbours."""
+    values = [value.replace(b'{"value"', b'{"ts":%d,"value"' % NOW_MS) for value in values]
+    records = [Record("in", 0, n, NOW_MS, b"s%d" % n, value) for n, value in enumerate(values)]
+    seen, rejected = read(records, LIMITS)
+    good = b'{"ts":%d,"value":3}' % NOW_MS
+    assert [(stream, value) for stream, value in zip(seen.streams, seen.values, strict=True)] == [
+        (f"s{values.index(good)}", 3.0)
+    ]
+    assert [one.value for one, _ in rejected] == [value for value in values if value != good]
+    assert {error.reason for _, error in rejected} == {Reason.DECODE}
