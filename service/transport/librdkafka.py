@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ READ_WAIT_MS = 10
 """By default, a partition is said to be at its end after half a second."""
 LEAVE_TIMEOUT_S = 1.0
 LEAVE_POLL_S = 0.01
+GOING_TIMEOUT_S = 5.0
 BATCH_BYTES_MAX = 1_000_000
 QUEUED_MAX = 1_000_000
 """Records that wait for delivery, and kilobytes of them: more than any commit has."""
@@ -483,30 +485,33 @@ class Librdkafka:
         return {partition: max(0, ends[partition] - position) for partition, position in positions.items()}
 
     def close(self) -> None:
-        consumer, producer, self._consumer, self._producer = self._consumer, self._producer, None, None
         with self._watchdog.over("hanging up"):
             try:
-                if consumer:
-                    self._leave(consumer)
-                if producer:
-                    # What it still holds is of a commit that failed. Its close() would wait for that, and then complain
-                    # of an open transaction on stderr: it simply goes, once nobody refers to it.
-                    producer.purge()
+                if self._consumer:
+                    self._leave()
+                if self._producer:
+                    self._producer.purge()  # what it still holds is of a commit that failed
             except (KafkaException, RuntimeError) as error:  # whatever it was, this session is over
                 log.debug("while hanging up: %s", line(error))
+        clients, self._consumer, self._producer = [self._consumer, self._producer], None, None
+        # Neither is closed. The producer would wait for what it holds, and then complain of an open transaction on
+        # stderr. The consumer may wait for good, in a callback that holds the interpreter, and the process with it,
+        # watchdog and all (trap 17). They simply go, once nobody refers to them: that may wait for good, too, but
+        # holds nothing, and whatever is left of the consumer leaves the group within its session timeout.
+        going = threading.Thread(target=clients.clear, name="hanging up", daemon=True)
+        going.start()
+        going.join(GOING_TIMEOUT_S)
         self._watchdog.stop()
 
-    def _leave(self, consumer: Consumer) -> None:
-        # An assignment of which nobody was told yet would stop close() for good, and the process with it, watchdog and
-        # all (trap 17). So first hear of those that there are, and see that no more can come.
+    def _leave(self) -> None:
+        """Hear of assignments that nobody was told of yet, and if its place is not to be kept, see that none comes."""
         if self.settings.slot:
-            consumer.consume(QUEUED_MAX, 0)  # to unsubscribe would give its place up: it simply goes, like the producer
+            self._consumer.consume(QUEUED_MAX, 0)
             return
-        consumer.unsubscribe()
+        self._consumer.unsubscribe()
         until_s = time.monotonic() + LEAVE_TIMEOUT_S
-        while (self._held or consumer.memberid()) and time.monotonic() < until_s:
-            consumer.consume(1, LEAVE_POLL_S)
-        consumer.close()
+        while (self._held or self._consumer.memberid()) and time.monotonic() < until_s:
+            self._consumer.consume(1, LEAVE_POLL_S)
 
     @contextmanager
     def _answered(self, what: str) -> Iterator[None]:
@@ -554,8 +559,11 @@ def _failure_of(message: Any) -> KafkaException:
 
 def _taken(consumer: Consumer, most: int, timeout_s: float) -> list[Any]:
     """Up to so many messages, once there are any: consume() by itself waits for all of them, or for all of the time."""
-    messages: list[Any] = consumer.consume(1, timeout_s)
-    return messages + consumer.consume(most - 1, 0) if messages and most > 1 else messages
+    try:
+        messages: list[Any] = consumer.consume(1, timeout_s)
+        return messages + consumer.consume(most - 1, 0) if messages and most > 1 else messages
+    finally:
+        del consumer  # whoever keeps an error would keep it, too, and it would go when close() looks after it no more
 
 
 def _records_of(topic: str, messages: Sequence[Any]) -> list[Record]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from kafka import KafkaProducer
+from kafka.errors import CoordinatorNotAvailableError
 from kafka.protocol.producer import ProduceRequest
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
@@ -441,7 +442,10 @@ def settled(transports: Iterable[Any]) -> bool:
 
 def group_is(state: str, settings: Settings) -> bool:
     with administered(settings) as admin:
-        return bool(admin.describe_groups([settings.group_id])[settings.group_id]["group_state"] == state)
+        try:
+            return bool(admin.describe_groups([settings.group_id])[settings.group_id]["group_state"] == state)
+        except CoordinatorNotAvailableError:  # the first of a new broker
+            return False
 
 
 # 12: a producer that is closed while it cannot deliver stays, and delivers later.
@@ -490,7 +494,8 @@ def test_records_that_are_small_enough_one_by_one_are_delivered(
     assert transport.committed(0) == Offset(1)
 
 
-# 17: a consumer that is closed while an assignment waits for its callback stops the process for good.
+# 17: a consumer that is closed while an assignment waits for its callback may stop the process for good. One that is
+# not closed, but goes, may never end going.
 @only_librdkafka
 @pytest.mark.parametrize("slot", ["a", ""])
 def test_a_session_may_end_before_it_was_told_what_it_was_assigned(settings: Settings, slot: str) -> None:
