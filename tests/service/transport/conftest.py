@@ -142,6 +142,13 @@ def started(transport: Transport, *partitions: int) -> None:
         transport.start(partition, stands.offset if stands else 0)
 
 
+def last_transaction(settings: Settings) -> str:
+    """What the coordinator says of it, of the worker with this slot."""
+    with administered(settings) as admin:
+        transaction = f"{settings.group_id}-{settings.slot}"
+        return str(admin.describe_transactions([transaction])[transaction].state.value)
+
+
 def shared(held: Mapping[Transport, set[int]], count: int) -> bool:
     """Whether each transport holds so many partitions, by what it was told."""
     for transport, partitions in held.items():

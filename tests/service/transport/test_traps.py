@@ -33,6 +33,7 @@ from tests.service.transport.conftest import (
     assigned,
     create,
     forecast,
+    last_transaction,
     own_settings,
     polled,
     produce,
@@ -167,12 +168,6 @@ def in_background(call: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def aborted_by_coordinator(settings: Settings) -> bool:
-    with administered(settings) as admin:
-        transaction = f"{settings.group_id}-{settings.slot}"
-        return str(admin.describe_transactions([transaction])[transaction].state.value) == "CompleteAbort"
-
-
 # 1: a commit reports success though the coordinator has timed the transaction out.
 @pytest.mark.parametrize("api", [PRODUCE, ADD_OFFSETS_TO_TXN, END_TXN])
 def test_a_transaction_that_took_too_long_is_not_told_as_done(wire: Wire, wired: Settings, api: int) -> None:
@@ -185,7 +180,7 @@ def test_a_transaction_that_took_too_long_is_not_told_as_done(wire: Wire, wired:
             def release_once_aborted() -> None:
                 # librdkafka adds the offsets first: the coordinator may never hear of the transaction at all.
                 never = given_up.is_set if api == ADD_OFFSETS_TO_TXN else bool
-                until("the coordinator to abort it", lambda: aborted_by_coordinator(wired) or never())
+                until("the coordinator to abort it", lambda: last_transaction(wired) == "CompleteAbort" or never())
                 released.set()
 
             releasing = in_background(release_once_aborted)
