@@ -86,7 +86,7 @@ class Transport(Protocol):
         """Whether this worker is a settled member of its group."""
 
     def lag(self) -> Mapping[int, int] | None:
-        """Records not yet polled, by assigned partition; None if Kafka does not answer within a second."""
+        """Records not yet polled, by assigned partition; None if Kafka does not answer."""
 
     def close(self) -> None:
         """Leave the group and hang up, in bounded time."""

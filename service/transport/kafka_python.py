@@ -33,6 +33,7 @@ from kafka.errors import (
     ProducerFencedError,
     UnknownError,
 )
+from kafka.protocol.consumer.offsets import IsolationLevel
 from kafka.record.default_records import DefaultRecordBatch
 from kafka.structs import MemberState, OffsetAndMetadata
 
@@ -358,14 +359,16 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         return bool(self._consumer.group_metadata().state == MemberState.STABLE)
 
     def lag(self) -> Mapping[int, int] | None:
-        partitions = [tp for tp in self._consumer.assignment() if tp.partition in self._started]
+        # Not by the consumer: it may send the question behind a fetch, which waits for records. Partition 0 stands for
+        # the broker where nothing is assigned.
+        started = [tp for tp in self._consumer.assignment() if tp.partition in self._started]
+        asked = dict.fromkeys([TopicPartition(self.topic, 0), *started], OffsetSpec.LATEST)
         try:
-            ends = self._consumer.end_offsets([TopicPartition(self.topic, 0)], timeout_ms=ANSWER_TIMEOUT_MS)
-            ends |= self._consumer.end_offsets(partitions, timeout_ms=ANSWER_TIMEOUT_MS) if partitions else {}
-            positions = {tp: self._consumer.position(tp, timeout_ms=ANSWER_TIMEOUT_MS) for tp in partitions}
+            ends = self._admin.list_partition_offsets(asked, IsolationLevel.READ_COMMITTED, ANSWER_TIMEOUT_MS)
+            positions = {tp: self._consumer.position(tp, timeout_ms=ANSWER_TIMEOUT_MS) for tp in started}
         except KafkaError:  # the group's state says nothing of it: the member stays <stable> while no broker is there
             return None
-        return {tp.partition: max(0, ends[tp] - position) for tp, position in positions.items()}
+        return {tp.partition: max(0, ends[tp].offset - position) for tp, position in positions.items()}
 
     def close(self) -> None:
         for client in reversed(self._clients):
