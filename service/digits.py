@@ -6,6 +6,7 @@ Text is put together in registers, eight characters at a time: a stream of bytes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 from llvmlite import ir
@@ -29,6 +30,15 @@ _ZEROS = np.uint64(0x3030303030303030)
 _POWERS = 10.0 ** np.arange(DECIMALS_MAX + 1)
 
 
+@lru_cache(maxsize=64)
+def _heads(keys: tuple[str, ...]) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
+    """What stands before each list, as words; where the words of each end; how many bytes each has."""
+    heads = [f'],"{key}":['.encode() for key in keys]
+    padded = [head.ljust(-len(head) // 8 * -8, b" ") for head in heads]
+    words = np.frombuffer(b"".join(padded), dtype=np.uint64)
+    return words, np.cumsum([len(head) // 8 for head in padded]), np.array([len(head) for head in heads])
+
+
 def write(values: NDArray[np.float64], decimals: Int64s, keys: Sequence[str]) -> Iterator[bytes | None]:
     """Lists of numbers [B, Q, H], to so many decimals [B], as the members of a JSON object; None for one that does not
     fit.
@@ -37,12 +47,10 @@ def write(values: NDArray[np.float64], decimals: Int64s, keys: Sequence[str]) ->
     >>> [*write(numbers, np.array([3, 3]), ["0.1", "0.9"])]
     [b'"0.1":[12.345,-0.005],"0.9":[0.000,1.000]', None]
     """
-    heads = [f'],"{key}":['.encode() for key in keys]
-    padded = [head.ljust(-len(head) // 8 * -8, b" ") for head in heads]
-    words = np.frombuffer(b"".join(padded), dtype=np.uint64)
-    ends, lengths = np.cumsum([len(head) // 8 for head in padded]), np.array([len(head) for head in heads])
+    words, ends, lengths = _heads(tuple(keys))
     width = 8 * len(words) + values.shape[1] * values.shape[2] * NUMBER_BYTES + 8
-    text, sizes = np.empty((ROWS_AT_ONCE, width), dtype=np.uint8), np.empty(ROWS_AT_ONCE, dtype=np.int64)
+    at_once = min(ROWS_AT_ONCE, len(values))
+    text, sizes = np.empty((at_once, width), dtype=np.uint8), np.empty(at_once, dtype=np.int64)
     for start in range(0, len(values), ROWS_AT_ONCE):
         some = np.ascontiguousarray(values[start : start + ROWS_AT_ONCE])
         _write(some, decimals[start : start + ROWS_AT_ONCE], words, ends, lengths, text, sizes)

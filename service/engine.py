@@ -141,7 +141,7 @@ class Engine:
         metrics.state_bytes.set_function(lambda: self.arena.state_bytes)
         self._judged = Judged(metrics, self.config.quantiles, self.follower.horizons)
         self.quantile_keys = [quantile_key(quantile) for quantile in self.config.quantiles]
-        self.teller = Teller(bundle.model_id, self.config)
+        self.teller = Teller(bundle.model_id, self.config, compiled=settings.compiled)
         """Of all that is forecast, as HTTP tells it."""
         self.emitted = self._emitted(settings)
 

@@ -66,7 +66,7 @@ class Straight:
         if row is None or not self._owners.has(frozenset().union(*looks)):  # they may have been forgotten meanwhile
             return None
         try:
-            return orjson.dumps(self._predictor.cut(request, row), option=orjson.OPT_SERIALIZE_NUMPY)
+            return self._predictor.encode(request, row)
         except Refused:
             return None
 

