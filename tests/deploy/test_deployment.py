@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,17 +20,15 @@ import tomllib
 import uuid
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
-import httpx
-import promql_parser
 import pytest
 import torch
 import typer.main
@@ -56,18 +53,31 @@ from model.grid import Grid
 from model.network import Forecaster
 from service.metrics import OUTCOMES
 from service.settings import Settings
+from tests.deploy.prometheus import (
+    HTTP,
+    PROMETHEUS,
+    ROOT,
+    answered,
+    asked,
+    free_port,
+    installed_tool,
+    promtool,
+    selectors,
+    until,
+    watching,
+)
 
-ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = ROOT / "deploy/Dockerfile"
-PROMETHEUS = ROOT / "deploy/prometheus/prometheus.yml"
 GRAFANA = ROOT / "deploy/grafana"
 DASHBOARD = GRAFANA / "dashboards/carousel.json"
-WRITTEN_BY_HAND = (COMPOSE, DOCKERFILE, PROMETHEUS, *sorted(GRAFANA.rglob("*.yml")), *sorted(GRAFANA.rglob("*.json")))
-
-LIMIT_S = 60.0
-HTTP = httpx.Client(timeout=10, trust_env=False)  # one for all: each reads the certificates of the system first
-T = TypeVar("T")
+WRITTEN_BY_HAND = (
+    COMPOSE,
+    DOCKERFILE,
+    *sorted(PROMETHEUS.parent.glob("*.yml")),
+    *sorted(GRAFANA.rglob("*.yml")),
+    *sorted(GRAFANA.rglob("*.json")),
+)
 
 
 def interpolated(variables: Mapping[str, str]) -> str:
@@ -148,30 +158,6 @@ def image_health_check() -> list[str]:
     [check] = last_stage("HEALTHCHECK")
     words: list[str] = json.loads(check.split(" CMD ", 1)[1])
     return words
-
-
-def until(condition: Callable[[], T], what: str, log: Path | None = None) -> T:
-    """What the condition gives once that is true. Fails, with the log's end, when LIMIT_S is over."""
-    deadline = time.monotonic() + LIMIT_S
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {LIMIT_S:g} s\n{log.read_text()[-2000:] if log else ''}")
-        time.sleep(0.1)
-    return found
-
-
-def installed_tool(name: str) -> str:
-    """Path of a tool that CI has. Elsewhere its tests are skipped where it is not."""
-    path = shutil.which(name)
-    if path is None and os.environ.get("CI"):
-        pytest.fail(f"{name} is not installed: .ci/run installs Debian's package `prometheus`")
-    return path or pytest.skip(f"{name} is not installed: apt-get install prometheus")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class TestCompose:
@@ -470,9 +456,14 @@ class TestImage:
 
 class TestPrometheus:
     def test_promtool_accepts_the_configuration(self) -> None:
-        command = [installed_tool("promtool"), "check", "config", str(PROMETHEUS)]
-        checked = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert checked.returncode == 0, checked.stdout + checked.stderr
+        promtool("check", "config", str(PROMETHEUS))
+
+    def test_its_rules_are_mounted_where_it_looks_for_them(self) -> None:
+        files = yaml.safe_load(PROMETHEUS.read_text())["rule_files"]
+        assert files
+        for file in files:
+            target = str(PurePosixPath("/etc/prometheus") / file)
+            assert binds("prometheus")[target] == f"./{(PROMETHEUS.parent / file).relative_to(ROOT)}"
 
     def test_it_scrapes_the_service_of_compose(self) -> None:
         [job] = yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]
@@ -571,20 +562,6 @@ def queries() -> list[str]:
     return found
 
 
-def selectors(query: str) -> list[Any]:
-    """The metrics with their labels that a query asks for. Raises ValueError if it is not PromQL."""
-    found: list[Any] = []
-
-    def visit(node: Any) -> None:
-        if isinstance(node, promql_parser.MatrixSelector):
-            found.append(node.vector_selector)
-        elif isinstance(node, promql_parser.VectorSelector):
-            found.append(node)
-
-    promql_parser.walk(promql_parser.parse(query), visit)
-    return found
-
-
 @dataclass
 class Running:
     """A worker and the Prometheus that watches it, and what the worker was sent."""
@@ -599,9 +576,7 @@ class Running:
     reasons: Counter[str] = field(default_factory=Counter)
 
     def query(self, query: str) -> list[dict[str, Any]]:
-        answer = HTTP.get(f"http://{self.prometheus}/api/v1/query", params={"query": query}).json()
-        assert answer["status"] == "success", f"{query}: {answer}"
-        result: list[dict[str, Any]] = answer["data"]["result"]
+        result: list[dict[str, Any]] = asked(self.prometheus, "query", query=query)["result"]
         return result
 
     def answers(self, query: str) -> bool:
@@ -698,42 +673,17 @@ def worker(image: Image, bootstrap_servers: str, tmp_path_factory: pytest.TempPa
         end(process, 15)
 
 
-def answered(url: str) -> bool:
-    try:
-        return HTTP.get(url).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def running(
     worker: tuple[str, str], bootstrap_servers: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
-    """Prometheus as compose runs it, but for addresses, paths and a shorter interval."""
     at, topic = worker
-    directory = tmp_path_factory.mktemp("prometheus")
-    config = yaml.safe_load(PROMETHEUS.read_text())
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [at]
-    config["global"] |= {"scrape_interval": "500ms", "scrape_timeout": "500ms"}
-    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     flags = dict(flag.split("=", 1) for flag in service("prometheus")["command"])
-    address = f"127.0.0.1:{free_port()}"
-    flags |= {
-        "--config.file": str(directory / "prometheus.yml"),
-        "--storage.tsdb.path": str(directory / "data"),
-        "--web.listen-address": address,
-    }
-    command = [installed_tool("prometheus"), *(f"{name}={value}" for name, value in flags.items())]
-    log = directory / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=directory, stdout=output, stderr=subprocess.STDOUT)
-    producer = KafkaProducer(bootstrap_servers=bootstrap_servers)
-    try:
-        until(lambda: answered(f"http://{address}/-/ready"), "Prometheus is ready", log)
+    with (
+        watching(at, tmp_path_factory.mktemp("prometheus"), flags) as (address, log),
+        closing(KafkaProducer(bootstrap_servers=bootstrap_servers)) as producer,
+    ):
         yield Running(at, address, log, topic, producer)
-    finally:
-        producer.close()
-        end(process, 15)
 
 
 class TestRunning:
@@ -806,10 +756,18 @@ class TestRunning:
         assert not rated & gauges
 
     def test_promtool_finds_no_fault_with_the_metrics(self, running: Running) -> None:
-        exposition = HTTP.get(f"http://{running.worker}/metrics").text
-        command = [installed_tool("promtool"), "check", "metrics"]
-        checked = subprocess.run(command, input=exposition, capture_output=True, text=True, check=False)
-        assert checked.returncode == 0, checked.stdout + checked.stderr
+        promtool("check", "metrics", given=HTTP.get(f"http://{running.worker}/metrics").text)
+
+    def test_every_rule_is_evaluated_without_fault(self, running: Running) -> None:
+        running.feed()  # so that there is something to compute
+        until(lambda: running.answers("job:carousel_records_consumed:rate5m > 0"), "rules", running.prometheus_log)
+
+        def rules() -> list[dict[str, Any]]:
+            return [rule for group in asked(running.prometheus, "rules")["groups"] for rule in group["rules"]]
+
+        until(lambda: all(rule["health"] != "unknown" for rule in rules()), "all rules", running.prometheus_log)
+        assert rules()
+        assert {rule["name"]: rule["lastError"] for rule in rules() if rule["health"] != "ok"} == {}
 
     @pytest.mark.parametrize("check", [image_health_check(), health_check("carousel")], ids=["image", "compose"])
     def test_health_checks_pass_here_and_fail_where_nothing_listens(
