@@ -129,6 +129,11 @@ class Settings(BaseSettings):
     )
     threads: int = Field(1, ge=1, le=256, description="Threads that torch computes with.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+    log_format: Literal["console", "json"] = Field(
+        "console",
+        description="How: in lines for people, or each line a JSON object. Either way an event is written at most 10"
+        " times a minute, then counted.",
+    )
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
