@@ -3,6 +3,7 @@
 # make check   what CI checks: style, types
 # make bench   how fast, beside the limits; ARGS="latency http --out figures/" measures these, see carousel bench --help
 # make chaos   what it survives: workers and Kafka killed, stopped, thrown out; some minutes
+# make docs    docs/settings.md, from the settings
 # make setup   .venv with all that these need (each of them calls it)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check format bench chaos clean
+.PHONY: setup demo test check format bench chaos docs clean
 
 setup: $(READY)
 
@@ -44,6 +45,9 @@ bench: $(READY)
 
 chaos: $(READY)
 	@$(BIN)/carousel chaos $(ARGS)
+
+docs: $(READY)
+	$(BIN)/python -c 'from service.settings import reference; print(reference(), end="")' > docs/settings.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

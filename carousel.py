@@ -472,21 +472,33 @@ def command_of_settings() -> Any:
         default. SIGTERM or Ctrl-C ends it in order.
         """
         settings = Settings.load(flags, config)
-        setup_logging(settings.log_level)
-        if settings.workers > 1:
-            from service.supervisor import supervise
+        from service.logs import handler_of
 
-            supervise(settings)
-        else:
-            from service.serve import serve
-
-            serve(settings)
+        setup_logging(settings.log_level, handler_of(settings))
+        try:
+            run_workers(settings)
+        except CarouselError as error:
+            if settings.log_format == "console":
+                raise
+            logging.getLogger("carousel").critical("%s", error)
+            raise typer.Exit(1) from error
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
 
 
 app.command("serve")(command_of_settings())
+
+
+def run_workers(settings: Settings) -> None:
+    if settings.workers > 1:
+        from service.supervisor import supervise
+
+        supervise(settings)
+    else:
+        from service.serve import serve
+
+        serve(settings)
 
 
 def columns(id_column: str, time_column: str, value_column: str, covariates: str, timezone: str | None) -> Columns:
@@ -503,9 +515,12 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
         raise CarouselError(f"{option} takes numbers with commas between them, not {text!r}") from error
 
 
-def setup_logging(level: str) -> None:
+def setup_logging(level: str, handler: logging.Handler | None = None) -> None:
+    """To stderr, or where the handler writes; it keeps its format if it has one."""
     logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[handler or logging.StreamHandler(sys.stderr)],
     )
     if level != "debug":
         quiet("kafka", "httpx")  # a broker that is away is worth a line, not fifty; a request passed on is worth none

@@ -179,6 +179,7 @@ def _worker(stack: ExitStack, bundle: Path, servers: str, http_port: int) -> str
     group = f"carousel-demo-{time.time_ns()}"
     command = [sys.executable, "-m", "carousel", "serve", "--model", str(bundle), "--bootstrap-servers", servers]
     command += ["--http-port", str(http_port), "--group-id", group, "--start", "latest"]
+    command += ["--log-format", "console"]  # whatever the environment says: the URL is read from it
     worker = spawn(command, Path.cwd(), output)
     stack.callback(end, worker, STOP_LIMIT_S)
     deadline = time.monotonic() + START_LIMIT_S

@@ -83,7 +83,7 @@ class Guard:
             await respond(answer, error.status, str(error), {"connection": "close"})  # the rest of it is not read
         except Exception:
             error_id = uuid.uuid4().hex
-            log.exception("HTTP request failed; its caller was told %s", error_id)
+            log.exception("HTTP request failed; its caller was told %s", error_id, extra={"error_id": error_id})
             if answered:
                 raise
             await respond(answer, 500, f"this should not have happened; the service's log tells more under {error_id}")

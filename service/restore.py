@@ -66,7 +66,7 @@ class Restore:
             if self.settings.on_lost_state == "stop":
                 remedy = f"to let the streams of partition {self.number} begin afresh: --on-lost-state restart_streams"
                 raise LostStateError(f"{error}; {remedy}") from error
-            log.warning("%s; the streams of partition %d begin afresh", error, self.number)
+            log.error("%s; the streams of partition %d begin afresh", error, self.number)  # noqa: TRY400 - foreseen
             self.engine.forget_partitions([self.number])
             self.keeper, self.note = Keeper(self.number, self.engine, self.transport.partitions), None
             self.keeper.stale = list(values)

@@ -95,7 +95,7 @@ def _run(worker: Worker) -> None:
     except CarouselError:
         raise
     except Exception as error:
-        log.exception("a fault of the worker itself")
+        log.critical("a fault of the worker itself", exc_info=True)
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise ServiceError(f"a fault of the worker itself ended it: {told}; started again, it goes on") from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -129,6 +129,11 @@ class Settings(BaseSettings):
     )
     threads: int = Field(1, ge=1, le=256, description="Threads that torch computes with.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+    log_format: Literal["console", "json"] = Field(
+        "console",
+        description="How it is written: for people, or each line a JSON object. Of one event in either case at most 10"
+        " lines a minute; more are counted.",
+    )
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
@@ -192,6 +197,32 @@ def base_url(url: str) -> str:
     if not found or int(found["port"] or 0) > 65_535:
         raise ValueError("must be http://HOST[:PORT] or https://HOST[:PORT], without a path")
     return found[0]
+
+
+def reference() -> str:
+    """Every setting, in Markdown: docs/settings.md."""
+    lines = [
+        "# Settings of `carousel serve`",
+        "",
+        "Each comes from its flag, else from its variable, else from the YAML file that `--config` names, else from",
+        "its default. In that file it has the name of its flag, with `_` for `-`. Written by `make docs`.",
+        "",
+        "| flag | variable | default | what it does |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, field in Settings.model_fields.items():
+        default = "required" if field.is_required() else _default(field.default)
+        choices = ", ".join(f"`{value}`" for value in get_args(field.annotation) if isinstance(value, str))
+        told = f"{field.description} One of {choices}." if choices else str(field.description)
+        cells = f"`--{name.replace('_', '-')}`", f"`CAROUSEL_{name.upper()}`", default, told.replace("|", "\\|")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(value: Any) -> str:
+    if value in ("", [], None):
+        return ""
+    return f"`{value:.15g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,7 +77,8 @@ class Served:
     def _said(self, since: int) -> str:
         text = self.log_file.read_text()[since:]
         assert self.process.poll() is None, text
-        return "http://" + text.split("http://")[1].split()[0] if "http://" in text else ""
+        found = re.search(r'http://[^\s"]+(?=[\s"])', text)
+        return found[0] if found else ""
 
     def ready(self) -> bool:
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import ServiceError
-from service.settings import Settings
+from service.settings import Settings, reference
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +76,14 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: str, sai
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="cannot read the settings file"):
         Settings.load({}, tmp_path / "none.yaml")
+
+
+def test_the_reference_tells_each_setting_as_it_is() -> None:
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text() == reference(), "make docs"
+    rows = [line.strip("| ").split(" | ") for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == [f"`--{name.replace('_', '-')}`" for name in Settings.model_fields]
+    assert ["`--model`", "`CAROUSEL_MODEL`", "required"] in [row[:3] for row in rows]
+    assert ["`--session-timeout-ms`", "`CAROUSEL_SESSION_TIMEOUT_MS`", "`10000`"] in [row[:3] for row in rows]
+    (start,) = [row[3] for row in rows if row[0] == "`--start`"]
+    assert start == "Where a new group begins to read. One of `earliest`, `latest`."
