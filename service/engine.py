@@ -149,7 +149,7 @@ class Engine:
         try:
             from model.fused import FusedStep
         except ImportError:
-            log.info("numba is not installed (the extra `fast`): streams are followed several times slower")
+            log.warning("numba is not installed (the extra `fast`): streams are followed several times slower")
             return None
         return FusedStep(self.follower, self.arena.schema)
 

@@ -109,7 +109,6 @@ class Metrics:
         self.restore_progress = Gauge(
             "carousel_restore_progress_ratio", "The part of the restorations' replays that is done.", registry=registry
         )
-        self.restore_progress.set(1)
         self.restore_seconds = BatchHistogram(
             "carousel_state_restore_duration_seconds",
             "From a partition's assignment to its first observation: reading its snapshots, replaying its input.",

@@ -70,6 +70,8 @@ class Worker:
         self._survived: dict[int, Trial] = {}
         """What this process tried: whatever else went wrong with it, the process did not end."""
         self._reset()
+        metrics.restoring.set_function(lambda: len(self._restores))
+        metrics.restore_progress.set_function(lambda: self._restored)
 
     def _reset(self) -> None:
         """What belongs to one session."""
@@ -223,15 +225,14 @@ class Worker:
             self._restore_step()
             if self._clock_s() >= until:
                 break
-        self.metrics.restoring.set(len(self._restores))
-        self.metrics.restore_progress.set(self._restored)
 
     def _restore_step(self) -> None:
         partition = next(iter(self._restores))
-        restore, steps, began_s = self._restores.pop(partition)
+        restore, steps, began_s = self._restores[partition]
         try:
             next(steps)
         except StopIteration:
+            del self._restores[partition]
             self._keepers[partition] = restore.keeper
             self._offsets[partition] = restore.offset
             self._trials[partition] = self._trial(partition, restore.note)
@@ -241,14 +242,13 @@ class Worker:
             self.transport.start(partition, restore.offset)
             self._watched_at = -WATCH_EVERY_S  # whoever waits for it need not wait longer
         else:
-            self._restores[partition] = restore, steps, began_s
+            self._restores[partition] = self._restores.pop(partition)  # behind the others
 
     @property
     def _restored(self) -> float:
-        """The part of the restorations that is done."""
-        return (
-            sum(one.progress for one, _, _ in self._restores.values()) / len(self._restores) if self._restores else 1.0
-        )
+        """The part of the restorations' replays that is done. May be read from any thread."""
+        done = [restore.progress for restore, _, _ in tuple(self._restores.values())]
+        return sum(done) / len(done) if done else 1.0
 
     def _trial(self, partition: int, note: Note | None) -> Trial:
         trial = (note.trial if note else None) or Trial(0, 0)
@@ -365,9 +365,8 @@ class Worker:
         if self._keepers and self._clock_s() - self._committed_at > STILL_HERE_S:
             self._unnoted.add(min(self._keepers))
         if self._restores:
-            done = sum(restore.progress for restore, _, _ in self._restores.values()) / len(self._restores)
             self._set_unready(
-                f"{len(self._restores)} partitions are being restored, {done:.0%} of their replay is done"
+                f"{len(self._restores)} partitions are being restored, {self._restored:.0%} of their replay is done"
             )
         elif not self.transport.stable:
             self._set_unready("the worker is not (or no longer) a settled member of its group")
@@ -389,7 +388,7 @@ class Worker:
     def _answered(self, answers: bool, why: str) -> None:
         """Say it once when Kafka goes, and once when it is back."""
         if self._kafka_answers and not answers:
-            log.error("%s; waiting for it", why)
+            log.warning("%s; waiting for it", why)
         elif answers and not self._kafka_answers:
             log.info("Kafka at %s answers again", self.settings.bootstrap_servers)
         self._kafka_answers = answers
