@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -68,6 +69,8 @@ def serve(settings: Settings) -> None:
         owners = Owners(engine, worker, KafkaPythonGroup(settings), url, metrics)
         server.start(create_app(engine, worker, settings, metrics, hub, owners), on_stop=hub.close)
         engine.warm()
+        gc.collect()
+        gc.freeze()  # torch and the like stay as they are: to look through them now and then would stop all for 0.15 s
         _run(worker)
     finally:
         server.stop()
