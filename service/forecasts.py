@@ -82,6 +82,12 @@ def _compiled_writer() -> Callable[[Float64s, Int64s, Sequence[str]], Iterator[b
     return write
 
 
+def _joined(fields: dict[str, Any], numbers: bytes, live: bool, more: bytes = b"") -> bytes:
+    """A record of which the numbers are JSON already. more: members behind its status."""
+    status = b"live" if live else b"warming"
+    return b"".join((orjson.dumps(fields)[:-1], b',"quantiles":{', numbers, b'},"status":"', status, b'"', more, b"}"))
+
+
 class Teller:
     """Tells the forecasts of one model."""
 
@@ -121,13 +127,10 @@ class Teller:
         """The same fields of each forecast's record, as JSON."""
         if self.write is None:
             return [orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY) for fields in self.describe(issued)]
-        ends = b'},"status":"warming"}', b'},"status":"live"}'
         values = self.write(self._values(issued), self._decimals(issued), self.keys)
         rows = zip(self._fields(issued), values, issued.live.tolist(), strict=True)
         return [
-            b"".join((orjson.dumps(fields)[:-1], b',"quantiles":{', numbers, ends[live]))
-            if numbers
-            else self._encode_odd(issued, n)
+            _joined(fields, numbers, live) if numbers else self._encode_odd(issued, n)
             for n, (fields, numbers, live) in enumerate(rows)
         ]
 
@@ -146,10 +149,8 @@ class Teller:
         if numbers is None:
             return None
         (fields,) = self._fields(issued)
-        status = b"live" if issued.live[0] else b"warming"
         times = orjson.dumps(times_ms and times_ms[:horizon])
-        head = orjson.dumps(fields)[:-1]
-        return b"".join((head, b',"quantiles":{', numbers, b'},"status":"', status, b'","timestamps":', times, b"}"))
+        return _joined(fields, numbers, bool(issued.live[0]), b',"timestamps":' + times)
 
     def _encode_odd(self, issued: Issued, number: int) -> bytes:
         """One with more digits than are written so."""

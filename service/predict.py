@@ -89,8 +89,7 @@ class Predictor:
         """The same as JSON; most of it written at once, where `service.digits` can be had."""
         horizon, quantiles = self._horizon(request), self._quantiles(request)
         issued = self._issued(request.stream, state, raw=request.raw)
-        keys = [key for key in self.engine.quantile_keys if key in quantiles]
-        chosen = [self.engine.quantile_keys.index(key) for key in keys]
+        chosen = [n for n, key in enumerate(self.engine.quantile_keys) if key in quantiles]
         text = self.engine.teller.encode_cut(issued, horizon, chosen, self._times(int(issued.slot[0])))
         return text or orjson.dumps(self.cut(request, state), option=orjson.OPT_SERIALIZE_NUMPY)
 
