@@ -28,6 +28,8 @@ from service.transport.contract import Offset
 FORMAT = 1
 SNAPSHOT_BYTES = 262_144
 """A bucket whose rows take more is split, so that writing one never holds up a commit."""
+OUTGROWN = 4
+"""A bucket that is so many times as large is written, and split, before its turn."""
 COMMIT_BYTES_MAX = 8_388_608
 """Snapshots written in one commit; what is due beyond waits for the next."""
 JOURNAL_ENTRIES_MAX = 500
@@ -180,6 +182,17 @@ class Keeper:
                 bucket.dirty = mark
                 if bucket.offset < 0 and not bucket.written_s:
                     bucket.written_s = now_s
+            if bucket.offset < 0 and self._too_large(bucket):
+                self._split_unwritten(bucket)
+
+    def _split_unwritten(self, bucket: Bucket) -> None:
+        """Nothing of it is on the topic yet, so it splits at no cost; else all streams of a worker's first minute would
+        be written in one piece. It was due an interval after it was first touched, and its halves are spread over that.
+        """
+        del self.buckets[bucket.bits]
+        for half in bucket.halves():
+            half.written_s -= (half.phase - bucket.phase) * self.interval_s
+            self.buckets[half.bits] = half
 
     def due(self, now_s: float) -> bool:
         """Whether there are snapshots to be written."""
@@ -220,7 +233,10 @@ class Keeper:
                 self.journals.append((record.key, prepared.mark.offset - 1))
 
     def _all_due(self, now_s: float) -> Iterator[Bucket]:
-        return (b for b in self.buckets.values() if b.dirty and now_s - b.written_s >= self.interval_s)
+        outgrown = OUTGROWN * max(SNAPSHOT_BYTES // self.engine.arena.schema.row_bytes, 1)
+        for bucket in self.buckets.values():
+            if bucket.dirty and (now_s - bucket.written_s >= self.interval_s or len(bucket.streams) > outgrown):
+                yield bucket
 
     def _due(self, now_s: float) -> list[Bucket]:
         """The dirty buckets whose turn it is, the oldest first."""
@@ -235,6 +251,9 @@ class Keeper:
     def _bytes(self, bucket: Bucket) -> int:
         return len(bucket.streams) * self.engine.arena.schema.row_bytes
 
+    def _too_large(self, bucket: Bucket) -> bool:
+        return len(bucket.streams) > 1 and self._bytes(bucket) > SNAPSHOT_BYTES and len(bucket.bits) < HASH_BITS - 1
+
     def _at(self, bucket: Bucket, offset: int, now_s: float, split: bool) -> Bucket:
         """The bucket once its snapshot at this offset is written. The next ones of those that split are spread out."""
         early_s = bucket.phase * self.interval_s if split else 0.0
@@ -242,7 +261,7 @@ class Keeper:
 
     def _fit(self, bucket: Bucket) -> Iterator[Bucket]:
         """The bucket, or those that it must be split into."""
-        if len(bucket.streams) > 1 and self._bytes(bucket) > SNAPSHOT_BYTES and len(bucket.bits) < HASH_BITS - 1:
+        if self._too_large(bucket):
             for half in bucket.halves():
                 yield from self._fit(half)
         else:
