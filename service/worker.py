@@ -75,7 +75,7 @@ class Worker:
 
     def _reset(self) -> None:
         """What belongs to one session."""
-        self._committed_at = self._watched_at = self._batch_s = 0.0
+        self._gathered_at = self._committed_at = self._watched_at = self._batch_s = 0.0
         self._restores: dict[int, tuple[Restore, Iterator[None], float]] = {}
         self._keepers: dict[int, Keeper] = {}
         self._offsets: dict[int, int] = {}
@@ -183,15 +183,20 @@ class Worker:
                 count, size = count + 1, size + len(record.value or b"")
             full = count >= self.settings.max_poll_records or size >= BATCH_BYTES_MAX
             if full or self._restores or self._stopping.is_set() or self._clock_s() >= until:
+                if batch:
+                    self._gathered_at = self._clock_s()
                 return batch
 
     @property
     def _patience_s(self) -> float:
-        """How long a batch is gathered from its first record on."""
+        """How long a batch is gathered from its first record on. Exactly once: until an interval after the batch before
+        was closed, so that the work on that one is part of the interval and not added to it.
+        """
         interval_s = self.settings.commit_interval_ms / 1000
+        eager_s = min(EAGER_S + EAGER_SHARE * self._batch_s, interval_s)
         if self.settings.guarantee == "exactly_once":
-            return self._committed_at + interval_s - self._clock_s()
-        return min(EAGER_S + EAGER_SHARE * self._batch_s, interval_s)
+            return max(eager_s, self._gathered_at + interval_s - self._clock_s())
+        return eager_s
 
     def _drop(self, partitions: frozenset[int]) -> None:
         """These partitions are not this worker's any more. Nothing of them is in a transaction."""

@@ -33,8 +33,8 @@ FLUSH_S = 60.0
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When the worker flushes: a batch is what comes within `interval_s` of the last commit, `records` at most; at
-    least once, sooner.
+    """When the worker flushes: a batch is what comes within `interval_s` of the one before, `records` at most; at least
+    once, sooner.
     """
 
     records: int
@@ -77,16 +77,15 @@ class Bare(ABC):
     def __init__(self, rhythm: Rhythm, values: Sequence[bytes]) -> None:
         self.rhythm, self.values = rhythm, values
         self.passed = 0
-        self._committed_at = self._batch_s = 0.0
+        self._gathered_at = self._batch_s = 0.0
 
     def turn(self) -> None:
         """One batch, if anything came."""
         if batch := self._gather():
-            began_s = time.monotonic()
+            self._gathered_at = time.monotonic()
             values = [self.values[n % len(self.values)] for n in range(self.passed, self.passed + len(batch))]
             self._pass_on(batch, values, {taken.partition: taken.offset + 1 for taken in batch})
-            self._committed_at = time.monotonic()
-            self._batch_s = self._committed_at - began_s
+            self._batch_s = time.monotonic() - self._gathered_at
             self.passed += len(batch)
 
     def _gather(self) -> list[Taken]:
@@ -103,9 +102,10 @@ class Bare(ABC):
 
     @property
     def _patience_s(self) -> float:
+        eager_s = min(EAGER_S + EAGER_SHARE * self._batch_s, self.rhythm.interval_s)
         if self.rhythm.exactly_once:
-            return self._committed_at + self.rhythm.interval_s - time.monotonic()
-        return min(EAGER_S + EAGER_SHARE * self._batch_s, self.rhythm.interval_s)
+            return max(eager_s, self._gathered_at + self.rhythm.interval_s - time.monotonic())
+        return eager_s
 
     @abstractmethod
     def _poll(self, wait_s: float, most: int) -> Sequence[Taken]: ...

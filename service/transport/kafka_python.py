@@ -47,11 +47,13 @@ from service.transport.session import (
     ANSWER_TIMEOUT_MS,
     DEADLINE_S,
     DELIVERY_TIMEOUT_S,
+    FETCH_BYTES,
     METADATA_AGE_MS,
     READ_POLL_MS,
     READ_RECORDS,
     UNSETTLED_S,
     Watchdog,
+    fetch_wait_ms,
     line,
     note_of,
     refused,
@@ -130,7 +132,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         )
 
     def _new_consumer(self) -> KafkaConsumer:
-        settings = self.settings
+        settings, wait_ms = self.settings, fetch_wait_ms(self.settings)
         consumer = KafkaConsumer(
             **self._common,
             group_id=settings.group_id,
@@ -142,6 +144,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             heartbeat_interval_ms=settings.session_timeout_ms // 10,
             max_poll_interval_ms=settings.max_poll_interval_ms,
             metadata_max_age_ms=METADATA_AGE_MS,
+            **({"fetch_max_wait_ms": wait_ms, "fetch_min_bytes": FETCH_BYTES} if wait_ms else {}),
             partition_assignment_strategy=[DisputeAssignor],
             # No deserializers: one that raises makes later polls spin for ever (trap 6).
         )

@@ -36,11 +36,13 @@ from service.transport.session import (
     ANSWER_TIMEOUT_MS,
     DEADLINE_S,
     DELIVERY_TIMEOUT_S,
+    FETCH_BYTES,
     METADATA_AGE_MS,
     READ_POLL_MS,
     READ_RECORDS,
     UNSETTLED_S,
     Watchdog,
+    fetch_wait_ms,
     line,
     note_of,
     refused,
@@ -185,12 +187,13 @@ class Librdkafka:
         )
 
     def _new_consumer(self) -> Consumer:
-        settings = self.settings
+        settings, wait_ms = self.settings, fetch_wait_ms(self.settings)
         consumer = Consumer(
             self._common
             | FETCHING
             | {
                 "group.id": settings.group_id,
+                **({"fetch.wait.max.ms": wait_ms, "fetch.min.bytes": FETCH_BYTES} if wait_ms else {}),
                 **({"group.instance.id": settings.slot} if settings.slot else {}),
                 "session.timeout.ms": settings.session_timeout_ms,
                 "heartbeat.interval.ms": settings.session_timeout_ms // 10,
