@@ -1,6 +1,7 @@
-"""Asks a server for forecasts, as fast as it answers, over connections that stay open; tells what came of it as JSON.
+"""Asks a server for forecasts over connections that stay open, as fast as it answers or at a steady rate; tells what
+came of it as JSON.
 
-    python -m deploy.bench.ask http://127.0.0.1:8000 BODIES.jsonl --seconds 5
+    python -m deploy.bench.ask http://127.0.0.1:8000 BODIES.jsonl --seconds 5 --rate 100
 
 No HTTP library: requests are ready bytes, and of an answer no more is read than its status and its end.
 """
@@ -12,7 +13,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,21 +24,47 @@ WARM_SHARE = 0.2
 """Of the time, at its beginning, that does not count."""
 
 
-class Connection(asyncio.Protocol):
-    """Asks again whenever it is answered."""
+def due_times_s(began_s: float, rate: float) -> Iterator[float]:
+    """When each request is due. rate: of them a second; 0: as soon as one asks for it.
 
-    def __init__(self, requests: Iterator[bytes], from_s: float, took_s: list[float], failed: list[bytes]) -> None:
-        self._requests, self._from_s, self._took_s, self._failed = requests, from_s, took_s, failed
+    >>> [due_s for _, due_s in zip(range(3), due_times_s(10.0, 4.0))]
+    [10.0, 10.25, 10.5]
+    """
+    return (began_s + n / rate if rate else time.perf_counter() for n in count())
+
+
+class Connection(asyncio.Protocol):
+    """Asks whenever it is answered and a request is due. One that had to wait for a connection counts from when it was
+    due: whoever is slow shall not be asked less.
+    """
+
+    def __init__(
+        self,
+        requests: Iterator[bytes],
+        due_s: Iterator[float],
+        from_s: float,
+        took_s: list[float],
+        failed: list[bytes],
+    ) -> None:
+        self._requests, self._due_s = requests, due_s
+        self._from_s, self._took_s, self._failed = from_s, took_s, failed
         self._read = bytearray()
         self._end = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101
         self._transport = transport
-        self._ask()
+        self._next()
+
+    def _next(self) -> None:
+        self._asked_s = next(self._due_s)
+        early_s = self._asked_s - time.perf_counter()
+        if early_s > 0:
+            asyncio.get_running_loop().call_later(early_s, self._ask)
+        else:
+            self._ask()
 
     def _ask(self) -> None:
-        self._asked_s = time.perf_counter()
         self._transport.write(next(self._requests))
 
     def data_received(self, data: bytes) -> None:
@@ -58,7 +85,7 @@ class Connection(asyncio.Protocol):
             self._took_s.append(now_s - self._asked_s)
         self._read.clear()
         self._end = 0
-        self._ask()
+        self._next()
 
 
 def requests_of(bodies: Path, host: str) -> list[bytes]:
@@ -69,16 +96,17 @@ def requests_of(bodies: Path, host: str) -> list[bytes]:
     ]
 
 
-async def ask(url: str, bodies: Path, seconds: float, connections: int) -> dict[str, float]:
+async def ask(url: str, bodies: Path, seconds: float, connections: int, rate: float) -> dict[str, float]:
     """-> requests a second, the times of the middle one and of one in a hundred, and how many were refused."""
     parts = urlsplit(url)
     requests, loop = cycle(requests_of(bodies, parts.netloc)), asyncio.get_running_loop()
     took_s: list[float] = []
     failed: list[bytes] = []
-    from_s = time.perf_counter() + WARM_SHARE * seconds
+    began_s = time.perf_counter()
+    from_s, due_s = began_s + WARM_SHARE * seconds, due_times_s(began_s, rate)
     opened = [
         await loop.create_connection(
-            lambda: Connection(requests, from_s, took_s, failed), parts.hostname or "", parts.port or 80
+            lambda: Connection(requests, due_s, from_s, took_s, failed), parts.hostname or "", parts.port or 80
         )
         for _ in range(connections)
     ]
@@ -96,8 +124,10 @@ def main() -> None:
     parser.add_argument("bodies", type=Path)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--connections", type=int, default=CONNECTIONS)
+    parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: as fast as they are answered")
     given = parser.parse_args()
-    print(json.dumps(asyncio.run(ask(given.url, given.bodies, given.seconds, given.connections))))  # noqa: T201
+    told = asyncio.run(ask(given.url, given.bodies, given.seconds, given.connections, given.rate))
+    print(json.dumps(told))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Requests a second and their times: POST /v1/predict of a stream's live state, beside a bare FastAPI route and a bare
-ASGI app that answer the same bytes from the same server; and beside what the asker itself can do.
+ASGI app that answer the same bytes from the same server; and beside what the asker itself can do. And both while the
+worker is at work: asked as fast as it answers, which tells how much it can bear, and at a steady rate, which tells how
+long those wait who do not overwhelm it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ LIMITS = {
 }
 IDLE = "carousel, idle"
 BUSY = f"carousel, the worker at {SHARE:.0%} of its highest rate"
+RATE = 100.0
+"""Requests a second that are asked of a busy worker: as many people, or dashboards, as look once a second."""
+PACED = f"{RATE:g} requests/s"
 
 
 @dataclass(frozen=True)
@@ -66,42 +71,52 @@ def _measure(bench: Bench) -> Iterator[Sample]:
         limit = LIMITS["fastapi"]
         bench.tell(IDLE)
         yield from _samples(IDLE, _ask(bench, url, bodies), "carousel", limit)
+        rate = SHARE * traffic.burst(bench.streams() * bench.steps())
+        note = f"at {rate:,.0f} records/s"
         bench.tell(BUSY)
-        yield from _busy(bench, traffic, url, bodies, limit)
+        yield from _samples(BUSY, _busy(bench, traffic, rate, url, bodies), "carousel", limit, note)
+        bench.tell(f"{BUSY}, {PACED}")
+        paced = _busy(bench, traffic, rate, url, bodies, RATE)
+        yield from _times(f"{BUSY}, {PACED}", paced, "carousel", f"{limit}, {PACED}", note)
 
 
-def _busy(bench: Bench, traffic: Traffic, url: str, bodies: Path, limit: str) -> Iterator[Sample]:
-    """Ask while the worker is at work."""
-    rate = SHARE * traffic.burst(bench.streams() * bench.steps())
+def _busy(bench: Bench, traffic: Traffic, records_rate: float, url: str, bodies: Path, rate: float = 0.0) -> Asked:
+    """Ask while the worker follows so many records a second."""
     asked: list[Asked] = []
     failed: list[Exception] = []
 
     def ask() -> None:
         try:
-            asked.append(_ask(bench, url, bodies))
+            asked.append(_ask(bench, url, bodies, rate))
         except Exception as error:  # told by whoever waits
             failed.append(error)
 
     asking = threading.Thread(target=ask, name="ask", daemon=True)
     asking.start()
-    traffic.paced(rate, ASK_LIMIT_S, until=lambda: not asking.is_alive())
+    traffic.paced(records_rate, ASK_LIMIT_S, until=lambda: not asking.is_alive())
     asking.join()
     traffic.settle()
     if failed:
         raise failed[0]
-    yield from _samples(BUSY, asked[0], "carousel", limit, f"at {rate:,.0f} records/s")
+    return asked[0]
 
 
 def _bare(bench: Bench, kind: str, name: str, answer: Path, bodies: Path) -> Iterator[Sample]:
     command = [sys.executable, "-m", "deploy.bench.answer", kind, str(answer)]
     with running(name, command, bench.directory / f"{kind}.log") as program:
-        yield from _samples(name, _ask(bench, program.wait_for_url(), bodies), "limit")
+        url = program.wait_for_url()
+        yield from _samples(name, _ask(bench, url, bodies), "limit")
+        yield from _times(f"{name}, {PACED}", _ask(bench, url, bodies, RATE), "limit")
 
 
 def _samples(name: str, asked: Asked, role: Role, limit: str = "", note: str = "") -> Iterator[Sample]:
+    yield Sample(f"{name}: requests", asked.per_second, "requests/s", role, limit and f"{limit}: requests", note)
+    yield from _times(name, asked, role, limit, note)
+
+
+def _times(name: str, asked: Asked, role: Role, limit: str = "", note: str = "") -> Iterator[Sample]:
     if asked.failed:
         raise BenchError(f"{asked.failed} requests of `{name}` were not answered with 200")
-    yield Sample(f"{name}: requests", asked.per_second, "requests/s", role, limit and f"{limit}: requests", note)
     for quantile, value in {"p50": asked.p50_ms, "p99": asked.p99_ms}.items():
         suffix = f": {quantile}"
         yield Sample(name + suffix, value, "ms", role, limit and limit + suffix, note)
@@ -114,8 +129,10 @@ def _answer(url: str) -> bytes:
     return answer.content
 
 
-def _ask(bench: Bench, url: str, bodies: Path) -> Asked:
-    command = [sys.executable, "-m", "deploy.bench.ask", url, str(bodies), "--seconds", str(bench.config.seconds)]
+def _ask(bench: Bench, url: str, bodies: Path, rate: float = 0.0) -> Asked:
+    """rate: requests a second; 0: as fast as they are answered."""
+    asker = [sys.executable, "-m", "deploy.bench.ask", url, str(bodies)]
+    command = [*asker, f"--seconds={bench.config.seconds}", f"--rate={rate}"]
     done = subprocess.run(  # noqa: S603  # the command is ours
         command, capture_output=True, timeout=ASK_LIMIT_S + bench.config.seconds, check=False
     )

@@ -68,7 +68,7 @@ def _measure(
     streams, config = bench.streams(), bench.config
     with (
         running(name, command(settings), bench.directory / "latency.log", environment(settings)) as program,
-        traffic_of(settings, streams, program.check) as traffic,
+        traffic_of(settings, streams, program.check, linger_ms=0) as traffic,  # each observation a source of its own
     ):
         traffic.warm_up()
         most = traffic.burst(streams * bench.steps())

@@ -101,7 +101,7 @@ def test_latency_is_measured_of_all_alike(
 
 def test_http_is_measured_idle_and_at_work_beside_what_serves_the_same_bytes(bootstrap_servers: str) -> None:
     figures = run(tiny(bootstrap_servers, "http"), quiet())
-    assert len(figures) == 5 * 3
+    assert len(figures) == 5 * 3 + 4 * 2  # and, at a steady rate, times alone
     assert all(figure.value > 0 for figure in figures)
     assert all(figure.beside for figure in figures if figure.role == "carousel")
 
