@@ -163,8 +163,8 @@ class Worker:
     def _gather(self) -> Batch:
         """The records of one commit interval, by partition; fewer if that is a lot already.
 
-        At least once no transaction is waited for, and what is there goes at once; but where batches take long, waiting
-        for part of that time makes them fewer.
+        At least once no transaction is waited for, and what is there goes at once; but on the heels of a batch that
+        took long, waiting for part of that time makes batches fewer.
         """
         batch: Batch = {}
         count = size = 0
@@ -192,10 +192,10 @@ class Worker:
         """How long a batch is gathered from its first record on. Exactly once: until an interval after the batch before
         was closed, so that the work on that one is part of the interval and not added to it.
         """
-        interval_s = self.settings.commit_interval_ms / 1000
-        eager_s = min(EAGER_S + EAGER_SHARE * self._batch_s, interval_s)
+        now_s, interval_s = self._clock_s(), self.settings.commit_interval_ms / 1000
+        eager_s = min(max(EAGER_S, self._turned_at + EAGER_SHARE * self._batch_s - now_s), interval_s)
         if self.settings.guarantee == "exactly_once":
-            return max(eager_s, self._gathered_at + interval_s - self._clock_s())
+            return max(eager_s, self._gathered_at + interval_s - now_s)
         return eager_s
 
     def _drop(self, partitions: frozenset[int]) -> None:

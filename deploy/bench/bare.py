@@ -102,10 +102,9 @@ class Bare(ABC):
 
     @property
     def _patience_s(self) -> float:
-        eager_s = min(EAGER_S + EAGER_SHARE * self._batch_s, self.rhythm.interval_s)
-        if self.rhythm.exactly_once:
-            return max(eager_s, self._gathered_at + self.rhythm.interval_s - time.monotonic())
-        return eager_s
+        since_s, interval_s = time.monotonic() - self._gathered_at, self.rhythm.interval_s
+        eager_s = min(max(EAGER_S, (1 + EAGER_SHARE) * self._batch_s - since_s), interval_s)
+        return max(eager_s, interval_s - since_s) if self.rhythm.exactly_once else eager_s
 
     @abstractmethod
     def _poll(self, wait_s: float, most: int) -> Sequence[Taken]: ...

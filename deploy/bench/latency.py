@@ -10,20 +10,11 @@ from itertools import product
 
 from deploy.bench import against, bare
 from deploy.bench.figures import BenchError, Probe, Role, Sample
-from deploy.bench.load import (
-    GUARANTEES,
-    Bench,
-    create_topics,
-    forecast_values,
-    make_records,
-    transports,
-)
+from deploy.bench.load import GUARANTEES, Bench, create_topics, forecast_values, make_records, transports
 from deploy.bench.programs import environment, running, serve
 from deploy.bench.traffic import Latencies, traffic_of
 from service.settings import Settings
 
-SHARE = 0.8
-"""Of its own highest rate, at which each is measured, too."""
 QUANTILES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
 
 
@@ -73,9 +64,8 @@ def _measure(
         traffic.warm_up()
         most = traffic.burst(streams * bench.steps())
         yield Sample(f"{name}, at most", most, "records/s", role, limit and f"{limit}, at most")
-        rates = {f"{rate:,.0f}/s": rate for rate in config.rates} | {f"{SHARE:.0%} of that": SHARE * most}
-        for told, rate in rates.items():
-            yield from samples(traffic.paced(rate, config.seconds), name, told, role, limit)
+        for rate in config.rates:
+            yield from samples(traffic.paced(rate, config.seconds), name, f"{rate:,.0f}/s", role, limit)
             traffic.settle()
 
 

@@ -95,7 +95,6 @@ def test_latency_is_measured_of_all_alike(
         p50, p99, longest = (named(figures, who, "at 40/s", q)[0].value for q in ("p50", "p99", "max"))
         assert most.value > 0
         assert 0 < p50 <= p99 <= longest
-        assert len(named(figures, who, "at 80% of that")) == 3
     assert all(figure.beside for figure in figures if figure.role != "limit")
 
 
