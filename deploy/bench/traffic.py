@@ -71,10 +71,14 @@ class Traffic:
     def burst(self, count: int) -> float:
         """As many observations as fast as they go. -> records a second, until the last answer."""
         began_s = time.perf_counter()
-        for _ in range(count):
-            self._send()
+        self.send(count)
         self._await_all()
         return count / (time.perf_counter() - began_s)
+
+    def send(self, count: int) -> None:
+        """As many observations as fast as they go; nobody waits for their answers."""
+        for _ in range(count):
+            self._send()
 
     def paced(self, rate: float, seconds: float, until: Callable[[], bool] = lambda: False) -> Latencies:
         """Observations at a steady rate, for so long or until told; then as long again for what is not answered."""
