@@ -98,7 +98,7 @@ def module(client: str) -> ModuleType:
 @pytest.fixture
 def wired(wire: Wire, client: str) -> Iterator[Settings]:
     """A session there is at the end of the wire."""
-    yield own_settings(f"127.0.0.1:{wire.port}", transport=client, transaction_timeout_ms=1_000)
+    yield own_settings(f"127.0.0.1:{wire.port}", transport=client, transaction_timeout_ms=2_000)
     wire.mend()
 
 
