@@ -504,7 +504,7 @@ def test_a_session_may_end_before_it_was_told_what_it_was_assigned(settings: Set
 @only_librdkafka
 def test_a_transaction_that_overruns_its_limit_ends_the_process(wire: Wire, wired: Settings) -> None:
     wire.on_request = at_the_second(TXN_OFFSET_COMMIT, lambda message: wire.cut())
-    over = "a transaction did not end within 7 s: exit, to be started again"
+    over = "a transaction did not end within 9 s: exit, to be started again"
     assert ends_as(LIFE, wired) == (EXIT_RESTART, over)
     wire.mend()
     with session(wired) as transport:
