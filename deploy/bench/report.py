@@ -167,20 +167,28 @@ def plot(figures: Sequence[Figure], path: Path) -> bool:
     from matplotlib.figure import Figure as Page
     from matplotlib.patches import Patch
 
-    panels: dict[tuple[str, str], list[Figure]] = {}
-    for figure in figures:
-        panels.setdefault((f"{figure.what}: {figure.axis}" if figure.axis else figure.what, figure.unit), []).append(
-            figure
-        )
-    heights = [2.4 if some[0].axis else 0.8 + BAR_INCHES * len(some) for some in panels.values()]
+    rows = _rows(figures)
+    heights = [
+        2.0 if next(iter(row.values()))[0].axis else 0.8 + BAR_INCHES * sum(map(len, row.values())) for _, row in rows
+    ]
     page = Page(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
-    axes = page.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for ((title, unit), some), axis in zip(panels.items(), axes, strict=True):
-        axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
-        (_draw_line if some[0].axis else _draw_bars)(axis, some, unit)
+    parts = page.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for (title, row), part in zip(rows, parts, strict=True):
+        part.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+        for (unit, some), axis in zip(row.items(), part.subplots(1, len(row), squeeze=False)[0], strict=True):
+            (_draw_line if some[0].axis else _draw_bars)(axis, some, unit)
     page.legend(handles=[Patch(color=colour, label=role) for role, colour in COLOURS.items()], ncols=3, fontsize=8)
     page.savefig(path, dpi=110)
     return True
+
+
+def _rows(figures: Sequence[Figure]) -> list[tuple[str, dict[str, list[Figure]]]]:
+    """What is drawn side by side, by unit, under its title: of what grows, all that was measured along one axis."""
+    rows: dict[tuple[str, str], dict[str, list[Figure]]] = {}
+    for figure in figures:
+        key = (f"{figure.what}: {figure.axis}", "") if figure.axis else (figure.what, figure.unit)
+        rows.setdefault(key, {}).setdefault(figure.unit, []).append(figure)
+    return [(title, row) for (title, _), row in rows.items()]
 
 
 def _draw_bars(axis: Any, figures: Sequence[Figure], unit: str) -> None:
