@@ -16,6 +16,7 @@ from model.errors import CarouselError
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from model.bundle import Bundle
     from training.table import Columns
 
 app = typer.Typer(
@@ -36,6 +37,11 @@ Covariates = Annotated[str, typer.Option(help="Further columns that help to fore
 Timezone = Annotated[
     str | None, typer.Option(help="Zone of times without an offset, such as Europe/Berlin.  \\[default: UTC]")
 ]
+AS_TRAINED = "  \\[default: as in the table that the bundle was trained on]"
+ItsIdColumn = Annotated[str | None, typer.Option(help=f"Column that names the series.{AS_TRAINED}")]
+ItsTimeColumn = Annotated[str | None, typer.Option(help=f"Column with the time.{AS_TRAINED}")]
+ItsValueColumn = Annotated[str | None, typer.Option(help=f"Column with the value.{AS_TRAINED}")]
+ItsTimezone = Annotated[str | None, typer.Option(help=f"Zone of times without an offset.{AS_TRAINED}")]
 Servers = Annotated[str, typer.Option(envvar="CAROUSEL_BOOTSTRAP_SERVERS", help="Kafka brokers, HOST:PORT[,...].")]
 
 
@@ -187,10 +193,10 @@ def train(
 def backtest(
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     table: Table,
-    id_column: IdColumn = "unique_id",
-    time_column: TimeColumn = "ds",
-    value_column: ValueColumn = "y",
-    timezone: Timezone = None,
+    id_column: ItsIdColumn = None,
+    time_column: ItsTimeColumn = None,
+    value_column: ItsValueColumn = None,
+    timezone: ItsTimezone = None,
     last: Annotated[
         int | None,
         typer.Option(min=1, help="Forecast from the last so many steps of each series.  \\[default: as held back]"),
@@ -213,15 +219,16 @@ def backtest(
 ) -> None:
     """Replay a table as it would be served and say how good the forecasts were, beside what else one might use.
 
-    Example: carousel backtest models/sales sales.csv --id-column shop --report sales.html
+    Example: carousel backtest models/sales sales.csv --report sales.html
     """
     from model.bundle import load_bundle
     from training.evaluate import run
 
     setup_logging("info")
-    read = columns(id_column, time_column, value_column, "", timezone)
+    loaded = load_bundle(bundle)
+    read = columns_of(loaded, id_column, time_column, value_column, timezone)
     run(
-        load_bundle(bundle),
+        loaded,
         table,
         read,
         last=last,
@@ -240,10 +247,10 @@ def inspect_(
     stream: Annotated[str, typer.Option(help="The series to let through the model, by its id.")],
     out: Annotated[Path, typer.Option(help="Directory to write page, pictures and numbers to.")] = Path("inspected"),
     last: Annotated[int, typer.Option(min=2, help="Look at the last so many steps of it.")] = 400,
-    id_column: IdColumn = "unique_id",
-    time_column: TimeColumn = "ds",
-    value_column: ValueColumn = "y",
-    timezone: Timezone = None,
+    id_column: ItsIdColumn = None,
+    time_column: ItsTimeColumn = None,
+    value_column: ItsValueColumn = None,
+    timezone: ItsTimezone = None,
 ) -> None:
     """Open a model up: each gate, C and h through time, how long units remember, how far gradients reach back.
 
@@ -253,8 +260,9 @@ def inspect_(
     from training.inspect import run
 
     setup_logging("info")
-    read = columns(id_column, time_column, value_column, "", timezone)
-    run(load_bundle(bundle), table, read, stream, last=last, out=out)
+    loaded = load_bundle(bundle)
+    read = columns_of(loaded, id_column, time_column, value_column, timezone)
+    run(loaded, table, read, stream, last=last, out=out)
 
 
 @app.command()
@@ -287,23 +295,36 @@ def replay(
     speed: Annotated[float, typer.Option(min=0, help="Table time per wall time; 0: as fast as Kafka takes it.")] = 1,
     align: Annotated[bool, typer.Option("--align", help="Let all series begin at once, whatever their dates.")] = False,
     last: Annotated[int | None, typer.Option(min=1, help="Only the last so many rows of each series.")] = None,
-    id_column: IdColumn = "unique_id",
-    time_column: TimeColumn = "ds",
-    value_column: ValueColumn = "y",
-    covariates: Covariates = "",
-    timezone: Timezone = None,
+    id_column: ItsIdColumn = None,
+    time_column: ItsTimeColumn = None,
+    value_column: ItsValueColumn = None,
+    covariates: Annotated[
+        str | None, typer.Option(help="Further columns to send: NAME[,NAME...].  \\[default: those of the bundle]")
+    ] = None,
+    timezone: ItsTimezone = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Bundle that was trained on such a table: it knows the columns.")
+    ] = None,
 ) -> None:
-    """Play a table into Kafka as if it were live: keyed by series, in the order of time, at a chosen speed."""
+    """Play a table into Kafka as if it were live: keyed by series, in the order of time, at a chosen speed.
+
+    Example: carousel replay sales.csv --model models/sales --speed 86400
+    """
     from deploy.replay import ReplayConfig, run
 
     quiet("kafka")
     config = ReplayConfig(bootstrap_servers=bootstrap_servers, topic=topic, speed=speed, align=align, last=last)
-    run(table, columns(id_column, time_column, value_column, covariates, timezone), config)
+    bundle = None
+    if model:
+        from model.bundle import load_bundle  # with torch, for which who names the columns need not wait
+
+        bundle = load_bundle(model)
+    run(table, columns_of(bundle, id_column, time_column, value_column, timezone, covariates), config)
 
 
 @app.command()
 def broker(
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 9092,
     data: Annotated[
         Path | None, typer.Option(help="Directory for its data.  \\[default: a temporary one, removed on stop]")
     ] = None,
@@ -506,6 +527,26 @@ def columns(id_column: str, time_column: str, value_column: str, covariates: str
 
     names = tuple(name.strip() for name in covariates.split(",") if name.strip())
     return Columns(unique_id=id_column, ds=time_column, y=value_column, covariates=names, timezone=timezone)
+
+
+def columns_of(
+    bundle: Bundle | None,
+    id_column: str | None,
+    time_column: str | None,
+    value_column: str | None,
+    timezone: str | None,
+    covariates: str | None = None,
+) -> Columns:
+    """The columns that are named; of those that are not, the bundle's, and of what it does not know, the usual ones."""
+    usual = {"id_column": "unique_id", "time_column": "ds", "value_column": "y", "timezone": None}
+    known = usual | (dict(bundle.training) if bundle else {})
+    return columns(
+        id_column or known["id_column"],
+        time_column or known["time_column"],
+        value_column or known["value_column"],
+        ",".join(bundle.config.covariates) if bundle and covariates is None else covariates or "",
+        timezone or known["timezone"],
+    )
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

@@ -7,12 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from carousel import columns_of
+from model.bundle import load_bundle
 from service.settings import Settings
 from tests.served import random_bundle
+from training.table import Columns
 
 COMMANDS = ("demo", "train", "backtest", "serve", "replay", "broker", "bench", "chaos", "inspect", "memory")
 
@@ -70,6 +74,15 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     line = refused("train", table, "--out", tmp_path / "model")
     assert "--id-column" in line or "--time-column" in line
     assert "shop" in line
+
+
+def test_a_bundle_knows_the_columns_of_its_table(tmp_path: Path) -> None:
+    loaded = load_bundle(random_bundle(tmp_path, covariates=("rain",)))
+    told = {"id_column": "shop", "time_column": "day", "value_column": "sold", "timezone": "Europe/Berlin"}
+    bundle = replace(loaded, training=told)
+    assert columns_of(bundle, None, None, None, None) == Columns("shop", "day", "sold", ("rain",), "Europe/Berlin")
+    assert columns_of(bundle, None, "week", None, "UTC", "") == Columns("shop", "week", "sold", (), "UTC")
+    assert columns_of(loaded, None, None, None, None) == Columns(covariates=("rain",)), "an older one does not"
 
 
 def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:

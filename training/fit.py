@@ -127,12 +127,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a training learns from, and when it began. table: the file's name, if it is one."""
+    """What a training learns from, and when it began. table: of a file its name and columns, as a bundle tells them."""
 
     model_config: ModelConfig
     series: Sequence[Series]
     split: Split
-    table: str | None
+    table: Mapping[str, str]
     started_s: float
 
 
@@ -160,7 +160,8 @@ def prepare(table: Path | Sequence[Observed], columns: Columns, config: TrainCon
     """Read a table and find what is to be trained on it."""
     started_s = time.monotonic()
     observed = read_table(table, columns) if isinstance(table, Path) else table
-    return Prepared(*_plan(observed, columns, config), table.name if isinstance(table, Path) else None, started_s)
+    told = {"table": table.name, **columns.as_options()} if isinstance(table, Path) else {}
+    return Prepared(*_plan(observed, columns, config), told, started_s)
 
 
 def train(prepared: Prepared, config: TrainConfig, callbacks: Sequence[Callback] = ()) -> Trained:
@@ -184,7 +185,7 @@ def finish(prepared: Prepared, trained: Trained, config: TrainConfig, more: Mapp
         forecaster,
         name=_name(config.name or config.out.resolve().name),
         training={
-            **({"table": prepared.table} if prepared.table else {}),
+            **prepared.table,
             "series": len({each.unique_id for each in series}),
             "observations": sum(int((~np.isnan(each.y)).sum()) for each in series),
             "test_steps": split.test,

@@ -66,6 +66,11 @@ class Columns:
     def names(self) -> list[str]:
         return [self.unique_id, self.ds, self.y, *self.covariates]
 
+    def as_options(self) -> dict[str, str]:
+        """By the names of their options, for a bundle to tell; it knows its covariates itself."""
+        named = {"id_column": self.unique_id, "time_column": self.ds, "value_column": self.y}
+        return named | ({"timezone": self.timezone} if self.timezone else {})
+
 
 @dataclass(frozen=True, eq=False)
 class Observed:
@@ -221,7 +226,7 @@ def _what_is_absent(absent: set[str], columns: Columns, head: pd.DataFrame) -> s
             ("--time-column", columns.ds, times),
             ("--value-column", columns.y, numbers),
         )
-        if name in absent
+        if name in absent or (found is texts and texts and name not in head)
     ]
     if absent & set(columns.covariates):
         options.append("--covariates NAMES")

@@ -72,14 +72,16 @@ def test_the_bundle_says_how_it_came_to_be_and_nothing_of_this_machine(tmp_path:
         pd.DataFrame({"unique_id": each.unique_id, "ds": pd.to_datetime(each.ts_ms, unit="ms"), "y": each.y})
         for each in table()
     ]
-    pd.concat(frames).to_csv(file, index=False)
+    pd.concat(frames).rename(columns={"unique_id": "zone"}).to_csv(file, index=False)
     out = tmp_path / "my model"
-    made = fit(file, Columns(), tiny(out, seed=7))
+    made = fit(file, Columns("zone", timezone="Europe/Berlin"), tiny(out, seed=7))
     bundle = load_bundle(out)
     assert bundle.weights_sha256 == made.weights_sha256
     assert bundle.name == "my-model"
     told = bundle.training
     assert (told["table"], told["series"], told["observations"]) == ("load.csv", 3, 2 * LENGTH + 60)
+    assert (told["id_column"], told["time_column"], told["value_column"]) == ("zone", "ds", "y")
+    assert told["timezone"] == "Europe/Berlin"
     assert (told["seed"], told["epochs"], told["test_steps"]) == (7, 3, 40)
     assert told["regression_share"] == pytest.approx(bundle.forecaster.regression.share.item())
     assert str(tmp_path) not in (out / "config.json").read_text() + (out / "README.md").read_text()
