@@ -798,6 +798,25 @@ class TestOperations:
         openmetrics = {"accept": "application/openmetrics-text; version=1.0.0"}
         assert api.client.get("/metrics", headers=openmetrics).text.endswith("# EOF\n")
 
+    def test_a_scrape_does_not_grow_with_the_streams(self, start: Start) -> None:
+        """20 of them are watched, the most that can be."""
+        config = ModelConfig(grid=Grid(HOUR_MS), horizon=1, quantiles=(0.1, 0.5, 0.9), hidden_size=2, layers=1)
+        watched = ",".join(f"s{n}" for n in range(20))
+        api = start(config, watched_streams=watched, history_steps=1, max_streams=100_000)
+
+        def scraped(streams: int) -> list[str]:
+            """The samples that there are, their values left out."""
+            for hour in (0, 1):
+                api.engine.process([record(f"s{n}", time_at(hour), 1.0) for n in range(streams)])
+            api.engine.watch(frozenset({0}))
+            text = api.client.get("/metrics").text
+            assert len(text) < 200_000
+            assert f"carousel_active_streams {float(streams)}" in text
+            return [line.rpartition(" ")[0] for line in text.splitlines()]
+
+        api.client.get("/metrics")  # that it was asked for is itself a sample
+        assert scraped(1_000) == scraped(100_000)
+
     def test_the_model_is_told(self, api: Running) -> None:
         told = ok(api.client.get("/v1/model"))
         assert told["id"] == api.engine.bundle.model_id
