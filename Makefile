@@ -4,6 +4,7 @@
 # make bench   how fast, beside the limits; ARGS="latency http --out figures/" measures these, see carousel bench --help
 # make chaos   what it survives: workers and Kafka killed, stopped, thrown out; some minutes
 # make docs    docs/settings.md, from the settings
+# make dashboards    Grafana's, from deploy/dashboards.py
 # make setup   .venv with all that these need (each of them calls it)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check format bench chaos docs clean
+.PHONY: setup demo test check format bench chaos docs dashboards clean
 
 setup: $(READY)
 
@@ -48,6 +49,9 @@ chaos: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -c 'from service.settings import reference; print(reference(), end="")' > docs/settings.md
+
+dashboards: $(READY)
+	$(BIN)/python -m deploy.dashboards
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ from service.owners import ANY, PARTITION_HEADER, Answer, Owners, Question
 from service.predict import Predictor, arrays_of
 from service.settings import Settings
 from service.straight import Straight
-from service.views import Fields, Partitions
+from service.views import Content, Fields, Partitions
 
 DESCRIPTION = """Forecasts of live streams, and what is known of them.
 
@@ -314,7 +314,7 @@ def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor, owners: Own
         return passed(owners.page(page, only))
 
     def ask(
-        stream: str, partition: int | None, only: str | None, part: str, tell: Callable[[StreamKey, Rows], Fields]
+        stream: str, partition: int | None, only: str | None, part: str, tell: Callable[[StreamKey, Rows], Content]
     ) -> Response:
         path = f"/v1/streams/{quote(stream, safe='')}{part}"
         answer = partial(_told, engine, stream, tell)
@@ -345,6 +345,23 @@ def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor, owners: Own
         return ask(stream, partition, only, "/history", partial(views.history, engine))
 
     @app.get(
+        "/v1/streams/{stream:path}/forecast",
+        summary="A stream's open forecast, to be drawn",
+        response_model=list[schemas.ForecastRow],
+        responses=errors,
+        dependencies=[once],
+    )
+    def forecast(stream: StreamPath, partition: Partition = None, only: Only = None) -> Response:
+        """What `/v1/predict` tells of it, as flat rows, one a step: Grafana's Infinity data source, a spreadsheet or a
+        data frame takes them as they are.
+        """
+
+        def tell(_: StreamKey, state: Rows) -> list[Fields]:
+            return views.curve(predictor.tell(stream, arrays_of(state)))
+
+        return ask(stream, partition, only, "/forecast", tell)
+
+    @app.get(
         "/v1/streams/{stream:path}",
         summary="A live stream",
         response_model=schemas.StreamDetail,
@@ -361,7 +378,7 @@ def _add_streams(app: FastAPI, engine: Engine, predictor: Predictor, owners: Own
         return ask(stream, partition, only, "", tell)
 
 
-def _told(engine: Engine, stream: str, tell: Callable[[StreamKey, Rows], Fields], partitions: Partitions) -> Fields:
+def _told(engine: Engine, stream: str, tell: Callable[[StreamKey, Rows], Content], partitions: Partitions) -> Content:
     return tell(*views.find(engine, stream, partitions))
 
 

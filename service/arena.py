@@ -42,7 +42,7 @@ class Arena:
     """State rows of streams, which their partitions list in the order in which they were last heard."""
 
     def __init__(self, schema: Schema) -> None:
-        """schema: has a tensor `offset`, of the record by which a stream was last moved."""
+        """schema: has those of `service.grid`: when, and by which record, a stream was last moved."""
         self.schema = schema
         self.block = _reserve(schema.row_bytes)
         """All rows, [R, row_bytes] uint8; of those that no stream has, the content is of no meaning."""
@@ -84,6 +84,15 @@ class Arena:
     def keys_of(self, stream: str) -> list[StreamKey]:
         """The streams of this id: one at most in each partition."""
         return [StreamKey(partition, stream) for partition, streams in self._streams.items() if stream in streams]
+
+    def last_heard(self, stream: str, partitions: frozenset[int] | None = None) -> StreamKey | None:
+        """Of the streams of this id, in `partitions` only unless None, the one whose last observation is the latest."""
+        keys = [key for key in self.keys_of(stream) if partitions is None or key.partition in partitions]
+        if not keys:
+            return None
+        ts_ms, count = self.column("ts_ms"), self.column("count")
+        rows = {key: row for key in keys if (row := self.find(key)) is not None and count[row]}
+        return max(rows, key=lambda key: (ts_ms[rows[key]], key.partition), default=None)
 
     def add(self, key: StreamKey) -> int:
         """The row of a stream that was not there, in its initial state; the most recently heard of its partition."""

@@ -224,6 +224,19 @@ class Engine:
                     self.metrics.evicted[reason].inc(count)
                 partition.stand(partition.next(offset))
 
+    def watch(self, partitions: frozenset[int]) -> None:
+        """Tell of the watched streams of these partitions what was last observed, and what had been forecast for it."""
+        told, keys = {}, [quantile_key(quantile) for quantile in self.history.quantiles]
+        for stream in self.settings.watched_streams:
+            if key := self.arena.last_heard(stream, partitions):
+                row = self.arena.streams(key.partition)[stream]
+                value, forecast = self.history.last(self.arena.tensors, row)
+                told[stream] = (
+                    value,
+                    dict(zip(keys, forecast.tolist(), strict=True)),
+                )
+        self.metrics.watched.told = told
+
     def rollback(self) -> None:
         """Undo what was processed since the last commit."""
         with self.lock:

@@ -62,6 +62,13 @@ class History:
         for name, column in noted.items():
             state[f"history_{name}"][at] = torch.from_numpy(column[last])
 
+    def last(self, state: Rows, row: int) -> tuple[float, NDArray[np.float64]]:
+        """Of the last observation of a row the value, and by quantile kept what had been forecast for it; NaN where
+        there is none.
+        """
+        place = (int(state["count"][row]) - 1) % self.steps
+        return float(state["history_value"][row, place]), state["history_forecast"][row, place].numpy()
+
     def places(self, count: int) -> Int64s:
         """Where the observations of a stream that had so many stand, the oldest first.
 

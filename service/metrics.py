@@ -1,14 +1,17 @@
-"""What operators see: Prometheus metrics, updated once a wave. Labels are few and bounded; a stream is never one."""
+"""What operators see: Prometheus metrics, updated once a wave. Labels are few and bounded; a stream is one only
+where it is watched (`watched_streams`), and few are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from math import isnan
 
 import numpy as np
 from numpy.typing import ArrayLike
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
-from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -46,11 +49,41 @@ class BatchHistogram(Collector):
         yield HistogramMetricFamily(self.name, self.documentation, buckets=buckets, sum_value=self.sum)
 
 
+class Watched(Collector):
+    """Of a few streams the last value, and what had been forecast for it: all told at once, so that whoever is gone is
+    gone. NaN is not told.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.told: Mapping[str, tuple[float, Mapping[str, float]]] = {}
+        """By stream: its last value, and by quantile the forecast of it, made one step before."""
+        registry.register(self)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        observed = GaugeMetricFamily(
+            "carousel_watched_observed", "The last value of a watched stream.", labels=["stream"]
+        )
+        forecast = GaugeMetricFamily(
+            "carousel_watched_forecast",
+            "What had been forecast for it one step before.",
+            labels=["stream", "q"],  # `quantile` is for summaries, says promtool
+        )
+        for stream, (value, by_quantile) in self.told.items():
+            if not isnan(value):
+                observed.add_metric([stream], value)
+            for quantile, expected in by_quantile.items():
+                if not isnan(expected):
+                    forecast.add_metric([stream, quantile], expected)
+        yield observed
+        yield forecast
+
+
 class Metrics:
     """The metrics of one worker, on a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         self.build = Info("carousel_build", "Version of Carousel, and what it serves.", registry=registry)
         self.model = Info("carousel_model", "The model that is served.", registry=registry)
         self.consumed = Counter(
@@ -127,6 +160,12 @@ class Metrics:
             ["topic", "partition"],
             registry=registry,
         )
+        self.partitions = Gauge("carousel_partitions", "Partitions that the observations topic has.", registry=registry)
+        self.assigned = Gauge(
+            "carousel_partitions_assigned",
+            "Those of them that are this worker's, with their states or still restoring them.",
+            registry=registry,
+        )
         self.streams = Gauge("carousel_active_streams", "Streams with a state in this worker.", registry=registry)
         self.state_bytes = Gauge("carousel_state_bytes", "Bytes of the states in use.", registry=registry)
         self.ready = Gauge(
@@ -167,6 +206,7 @@ class Metrics:
             registry=registry,
         )
         self.forwarded = {outcome: forwarded.labels(outcome) for outcome in FORWARDED}
+        self.watched = Watched(registry)
         self.event_readers = Gauge("carousel_event_readers", "Open requests to /v1/events.", registry=registry)
         self.events_dropped = Counter(
             "carousel_events_dropped_total", "Events not sent because their reader was too slow.", registry=registry

@@ -29,7 +29,7 @@ from service.guard import problem
 from service.metrics import Metrics
 from service.schemas import Page
 from service.transport.contract import Described, Group
-from service.views import Fields, Partitions
+from service.views import Content, Fields, Partitions
 
 PARTITION_HEADER = "carousel-partition"
 """With a request passed on: the partition that it is about, or `any`. It is not passed on again."""
@@ -93,7 +93,7 @@ class Question:
 
     stream: str
     partition: int | None
-    answer: Callable[[Partitions], Fields]
+    answer: Callable[[Partitions], Content]
     path: str
     body: bytes | None = None
 
@@ -162,7 +162,7 @@ class Owners:
             return self._for_another(only, partial(views.page, self._engine, asked))
         return _said(self._twice(partial(self._pages, asked)))
 
-    def _for_another(self, only: str, answer: Callable[[Partitions], Fields]) -> Answer:
+    def _for_another(self, only: str, answer: Callable[[Partitions], Content]) -> Answer:
         """What this worker says of its own streams, and of which partitions. Raises Refused, but not 404."""
         partitions = self._worker.live if only == ANY else frozenset({int(only)})
         try:
@@ -355,7 +355,7 @@ def merge(pages: Sequence[Fields], limit: int) -> Fields:
     }
 
 
-def _said(content: Fields) -> Answer:
+def _said(content: Content) -> Answer:
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     return Answer(200, {"content-type": "application/json"}, body)
 

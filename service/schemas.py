@@ -206,6 +206,17 @@ class StreamHistory(Answer):
     observations: list[PastObservation] = Field(description="Oldest first; as many as the service keeps.")
 
 
+class ForecastRow(BaseModel):
+    """One step of a forecast; and for each quantile a field with its name, `_` for the dot: `q0_1`, `q0_5`, `q0_9`."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float] = Field(init=False)
+
+    step: int = Field(description="Steps ahead of the last one seen, from 1 on.")
+    ts: TimeMs | None = Field(description="The time that it is for, epoch milliseconds; null: the model has no clock.")
+    time: str | None = Field(description="The same as RFC 3339 text, in UTC.")
+
+
 class Model(Answer):
     """The model that is served."""
 

@@ -20,8 +20,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from service.errors import ServiceError
+from service.errors import Rejected, ServiceError
 
+WATCHED_MAX = 20
 BASE_URL = re.compile(r"https?://([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?")
 
 
@@ -99,6 +100,12 @@ class Settings(BaseSettings):
     idle_limit_s: float = Field(
         0.0, ge=0, description="Streams not heard for so long, in event time, are forgotten; 0: never."
     )
+    watched_streams: Annotated[list[str], NoDecode] = Field(
+        [],
+        max_length=WATCHED_MAX,
+        description="Ids of streams whose last value, and what had been forecast for it, are metrics, as shop 7,shop 8;"
+        f" at most {WATCHED_MAX}, for each is a label.",
+    )
     history_steps: int = Field(48, ge=0, le=10_000, description="Recent observations kept a stream, for /history.")
     intervals: Literal["calibrated", "raw"] = Field(
         "calibrated", description="Let intervals adapt to how well each stream's held, or issue them as the model does."
@@ -142,6 +149,13 @@ class Settings(BaseSettings):
             raise ValueError("of several workers each is reached on a port of its own: advertised_url needs a port")
         return self
 
+    @model_validator(mode="after")
+    def _check_watched(self) -> Self:
+        """What is told of them is read from their history."""
+        if self.watched_streams and not self.history_steps:
+            raise ValueError("watched_streams needs history_steps of 1 or more")
+        return self
+
     def environment(self) -> dict[str, str]:
         """Our own environment with these settings in it, for another process of the same settings."""
         prefix = str(self.model_config["env_prefix"])
@@ -156,6 +170,26 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, given: Any) -> Any:
         return given.replace(",", " ").split() if isinstance(given, str) else given
+
+    @field_validator("watched_streams", mode="before")
+    @classmethod
+    def _split_ids(cls, given: Any) -> Any:
+        """By commas alone: ids may have spaces."""
+        return [stream.strip() for stream in given.split(",") if stream.strip()] if isinstance(given, str) else given
+
+    @field_validator("watched_streams")
+    @classmethod
+    def _check_ids(cls, streams: list[str]) -> list[str]:
+        from service.records import check_stream  # it brings numpy, for which `carousel --help` need not wait
+
+        for stream in streams:
+            try:
+                check_stream(stream)
+            except Rejected as error:
+                raise ValueError(f"{stream!r}: {error}") from error
+            if "," in stream:
+                raise ValueError(f"{stream!r}: a comma ends an id here, so such a stream cannot be watched")
+        return list(dict.fromkeys(streams))
 
     @field_validator("advertised_url")
     @classmethod

@@ -21,6 +21,7 @@ from service.forecasts import quantile_key
 from service.schemas import Page
 
 Fields = dict[str, Any]
+Content = Fields | list[Fields]
 Partitions = frozenset[int]
 
 
@@ -31,7 +32,7 @@ def find(engine: Engine, stream: str, partitions: Partitions | None = None) -> t
     Raises Refused (404) if it is not there.
     """
     with engine.lock:
-        key = _last_heard(engine, stream, partitions)
+        key = engine.arena.last_heard(stream, partitions)
         if key is None:
             raise Refused(404, "no stream of this id was heard")
         return key, _copy(engine, [key])
@@ -49,19 +50,9 @@ def find_row(engine: Engine, stream: str, partitions: Partitions | None = None) 
 def first_row(engine: Engine, stream: str, looks: Iterable[Partitions | None]) -> Arrays | None:
     """The same from the first of `looks` that has such a stream; None if none has. The engine's lock is to be held."""
     for partitions in looks:
-        if key := _last_heard(engine, stream, partitions):
+        if key := engine.arena.last_heard(stream, partitions):
             return engine.arena.row(engine.arena.streams(key.partition)[key.stream])
     return None
-
-
-def _last_heard(engine: Engine, stream: str, partitions: Partitions | None) -> StreamKey | None:
-    arena = engine.arena
-    keys = [key for key in arena.keys_of(stream) if partitions is None or key.partition in partitions]
-    if not keys:
-        return None
-    ts_ms, count = arena.column("ts_ms"), arena.column("count")
-    rows = {key: row for key in keys if (row := arena.find(key)) is not None and count[row]}
-    return max(rows, key=lambda key: (ts_ms[rows[key]], key.partition), default=None)
 
 
 def _copy(engine: Engine, keys: list[StreamKey]) -> Rows:
@@ -78,7 +69,7 @@ def page(engine: Engine, asked: Page, partitions: Partitions | None = None) -> F
     limit = asked.limit
     chosen = heapq.nsmallest(limit + 1, (stream for stream in matching if stream > asked.after))
     with engine.lock:  # taken anew: meanwhile a stream may have ended
-        keys = [key for stream in chosen[:limit] if (key := _last_heard(engine, stream, partitions))]
+        keys = [key for stream in chosen[:limit] if (key := engine.arena.last_heard(stream, partitions))]
         state = _copy(engine, keys)
     return {
         "streams": summaries(engine, keys, state),
@@ -160,6 +151,21 @@ def history(engine: Engine, key: StreamKey, state: Rows) -> Fields:
             for n in engine.history.places(int(state["count"])).tolist()
         ],
     }
+
+
+def curve(forecast: Fields) -> list[Fields]:
+    """A forecast with its `timestamps`, as flat rows, one a step: what draws tables can draw it as it is. Names of
+    columns have no dot, which such programs take for a path.
+    """
+    columns = {f"q{key.replace('.', '_')}": values.tolist() for key, values in forecast["quantiles"].items()}
+    times_ms = forecast["timestamps"]
+    steps = range(1, 1 + len(next(iter(columns.values()))))
+    if times_ms is None:
+        times_ms, times = [None for _ in steps], [None for _ in steps]
+    else:
+        times = np.datetime_as_string(np.array(times_ms, "M8[ms]"), timezone="UTC").tolist()
+    rows = zip(steps, times_ms, times, *columns.values(), strict=True)
+    return [dict(zip(("step", "ts", "time", *columns), row, strict=True)) for row in rows]
 
 
 def model(engine: Engine) -> Fields:

@@ -70,6 +70,7 @@ class Worker:
         self._survived: dict[int, Trial] = {}
         """What this process tried: whatever else went wrong with it, the process did not end."""
         self._reset()
+        metrics.assigned.set_function(lambda: len(self._restores) + len(self._keepers))
         metrics.restoring.set_function(lambda: len(self._restores))
         metrics.restore_progress.set_function(lambda: self._restored)
 
@@ -212,6 +213,7 @@ class Worker:
             self._trials.pop(partition, None)
             self._unnoted.discard(partition)
             self.metrics.forget_partition(self.settings.observations_topic, partition)
+        self.engine.watch(self.live)
         log.info("partitions %s of %s are gone", sorted(partitions), self.settings.observations_topic)
 
     def _take_up(self, partitions: frozenset[int]) -> None:
@@ -348,6 +350,7 @@ class Worker:
             self.metrics.snapshot_bytes.inc(sum(len(record.value or b"") for record in one.after))
         for partition in offsets:
             self._trials.pop(partition, None)
+        self.engine.watch(self.live)
 
     def _delivered(self, outgoing: Sequence[Outgoing]) -> None:
         self._publish(outgoing)
@@ -380,7 +383,9 @@ class Worker:
 
     def _check_partitions(self) -> None:
         """Partitions that were added take keys away from their states."""
-        now, counts = self.transport.partitions, {keeper.partitions for keeper in self._keepers.values()}
+        now = self.transport.partitions
+        self.metrics.partitions.set(now)
+        counts = {keeper.partitions for keeper in self._keepers.values()}
         if counts and now and counts != {now}:
             told = f"{self.settings.observations_topic} has {now} partitions now, and had {sorted(counts)}"
             if self.settings.on_lost_state == "stop":

@@ -62,7 +62,7 @@ def said(worker: Served) -> list[Any]:
     answers += [ask(worker, "/v1/predict", json={"stream": stream, "history": what_if}) for stream in STREAMS]
     for stream in STREAMS:
         quoted = stream.replace("?", "%3F")
-        answers += [ask(worker, f"/v1/streams/{quoted}{part}") for part in ("", "/state", "/history")]
+        answers += [ask(worker, f"/v1/streams/{quoted}{part}") for part in ("", "/state", "/history", "/forecast")]
     answers.append(ask(worker, "/v1/streams?limit=7&after=by"))
     assert {answer.status_code for answer in answers} == {200}, [a.text for a in answers if a.status_code != 200]
     return [answer.json() for answer in answers]
@@ -108,7 +108,7 @@ def test_what_they_say_is_what_was_written(pair: tuple[Served, Served]) -> None:
 def test_an_unknown_stream_is_404_from_both(pair: tuple[Served, Served]) -> None:
     for worker in pair:
         assert ask(worker, "/v1/predict", json={"stream": "nobody"}).status_code == 404
-        for path in ("nobody", "nobody/state", "nobody/history", f"{JAVA[0]}?partition=99"):
+        for path in ("nobody", "nobody/state", "nobody/history", "nobody/forecast", f"{JAVA[0]}?partition=99"):
             answer = ask(worker, f"/v1/streams/{path}")
             assert answer.status_code == 404, answer.text
             assert answer.headers["content-type"] == "application/problem+json"

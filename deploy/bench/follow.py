@@ -12,18 +12,22 @@ import resource
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from prometheus_client import generate_latest
 
 from deploy.bench.load import START_MS, new_engine, observation, process
 from deploy.bench.programs import usage
 from service.engine import Engine
+from service.metrics import Metrics
 from service.records import Record
 from service.settings import Settings
 
 POLL = 5_000
+SCRAPES = 20
 COPIED_BYTES_MAX = 1 << 31
 """The bare copy goes over no more: it is far more than any cache holds, and has to be there beside the streams."""
 
@@ -58,6 +62,16 @@ def copy_in_turn(row_bytes: int, order: NDArray[np.int64]) -> float:
     return rows / (time.perf_counter() - began)
 
 
+def scrape(metrics: Metrics) -> tuple[float, int]:
+    """What Prometheus asks for, written out: the ms that it takes, and its bytes."""
+    took_s, size = [], 0
+    for _ in range(SCRAPES):
+        began = time.perf_counter()
+        size = len(generate_latest(metrics.registry))
+        took_s.append(time.perf_counter() - began)
+    return 1000 * median(took_s), size
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("bundle", type=Path)
@@ -68,16 +82,21 @@ def main() -> None:
     engine = new_engine(Settings.load({"model": given.bundle, "max_streams": 10_000_000}))
     in_order = np.arange(given.streams)
     at_random = np.random.default_rng(0).permutation(given.streams)
+    bare_ms, _ = scrape(engine.metrics)
     before = usage(os.getpid()).rss
     run_in_turn(engine, 0, in_order)
     resident, peak = usage(os.getpid()).rss - before, _peak() - before
     followed = run_in_turn(engine, 1, at_random)
+    scrape_ms, scrape_bytes = scrape(engine.metrics)
     row_bytes = engine.arena.schema.row_bytes
     found = {
         "row_bytes": row_bytes,
         "resident": resident,
         "peak": peak,
         "followed_per_second": followed,
+        "bare_scrape_ms": bare_ms,
+        "scrape_ms": scrape_ms,
+        "scrape_bytes": scrape_bytes,
         "copied_per_second": copy_in_turn(row_bytes, at_random),
     }
     print(json.dumps(found))  # noqa: T201

@@ -1,4 +1,6 @@
-"""What a stream takes of memory, and how fast many of them go on in turn, beside a bare copy of the same bytes."""
+"""What a stream takes of memory, and how fast many of them go on in turn, beside a bare copy of the same bytes. And
+what Prometheus' scrapes take of their worker.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from deploy.bench.load import Bench
 
 STREAMS = 50_000
 DECLARED = "declared bytes of a stream's state"
+BARE_SCRAPE = "metrics written out, with no streams"
 COPIED = "bare copy, each row out and back, in that order"
 
 
@@ -30,6 +33,9 @@ def _measure(bench: Bench) -> Iterator[Sample]:
     yield Sample(COPIED, found["copied_per_second"], "records/s", "limit")
     turn = "engine alone, every stream in turn, at random"
     yield Sample(turn, found["followed_per_second"], "records/s", limit=COPIED, note=told)
+    yield Sample(BARE_SCRAPE, found["bare_scrape_ms"], "ms", "limit")
+    size = f"{told}, {found['scrape_bytes']:,} bytes"
+    yield Sample("metrics written out, for a scrape", found["scrape_ms"], "ms", limit=BARE_SCRAPE, note=size)
 
 
 def follow(bench: Bench, streams: int) -> dict[str, float]:

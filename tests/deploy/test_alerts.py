@@ -14,18 +14,37 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import promql_parser
 import pytest
+import torch
 import typer.main
 import yaml
 
 import carousel
 from deploy.broker import EmbeddedBroker
+from deploy.chaos.bundle import HOUR_MS
+from model.bundle import save_bundle
+from model.config import ModelConfig
+from model.grid import Grid
+from model.network import Forecaster
 from service.metrics import Judged, Metrics
 from service.settings import Settings
-from tests.deploy.prometheus import ALERTS, HTTP, PROMETHEUS, ROOT, RULES, asked, promtool, selectors, until, watching
+from tests.deploy.prometheus import (
+    ALERTS,
+    HTTP,
+    PROMETHEUS,
+    ROOT,
+    RULES,
+    asked,
+    at_once,
+    promtool,
+    selectors,
+    until,
+    watching,
+)
 from tests.served import observation, random_bundle, serving
 
 RUNBOOKS = ROOT / "docs/runbooks.md"
@@ -208,17 +227,13 @@ def test_faults_raise_their_alerts_and_their_end_ends_them(tmp_path: Path) -> No
         serving(random_bundle(tmp_path / "model"), broker.bootstrap_servers, tmp_path) as served,
     ):
         at = served.url.removeprefix("http://")
-        with watching(at, tmp_path, {}, lambda text: re.sub(r"\bfor: \w+", "for: 1s", text)) as (prometheus, log):
+        with watching(at, tmp_path, {}, at_once) as (prometheus, log):
 
             def firing() -> dict[str, str]:
-                """Alerts by name: their descriptions."""
-                found = [alert for alert in asked(prometheus, "alerts")["alerts"] if alert["state"] == "firing"]
-                return {alert["labels"]["alertname"]: alert["annotations"]["description"] for alert in found}
+                return firing_on(prometheus)
 
-            def scraped(query: str) -> bool:
-                return bool(asked(prometheus, "query", query=query)["result"])
-
-            until(lambda: scraped('carousel_records_rejected_total{reason="decode"} == 0'), "a scrape", log)
+            nothing = 'carousel_records_rejected_total{reason="decode"} == 0'
+            until(lambda: answered_by(prometheus, nothing), "a scrape", log)
             # Before its first scrape Prometheus knew no worker: for less than 2 minutes, but more than the second here.
             until(lambda: firing() == {}, "nothing to be told of a worker that is well", log)
 
@@ -239,6 +254,37 @@ def test_faults_raise_their_alerts_and_their_end_ends_them(tmp_path: Path) -> No
             until(lambda: "CarouselWorkerDown" in firing(), "the worker's end to be told", log)
             assert firing()["CarouselWorkerDown"] == f"{at} does not answer; 0 others do."
             until(lambda: "CarouselNotReady" not in firing(), "what a worker that is gone had said to be over", log)
+
+
+def test_intervals_that_hold_nothing_raise_their_alert(bootstrap_servers: str, tmp_path: Path) -> None:
+    """A model that is far too sure of itself, served as it is; only the hour is shorter that it must last."""
+    too_sure = Forecaster(
+        ModelConfig(grid=Grid(HOUR_MS), season=2, horizon=2, quantiles=(0.1, 0.5, 0.9), hidden_size=4)
+    )
+    torch.nn.init.zeros_(too_sure.head.linear.weight)
+    torch.nn.init.constant_(too_sure.head.linear.bias, -20.0)  # so far apart are its quantiles: e^-20
+    save_bundle(tmp_path / "model", too_sure, name="too-sure", training={}, scores={})
+    with serving(tmp_path / "model", bootstrap_servers, tmp_path, intervals="raw") as served:
+        at = served.url.removeprefix("http://")
+        with watching(at, tmp_path, {}, at_once) as (prometheus, log):
+            until(lambda: answered_by(prometheus, "carousel_intervals_scored_total == 0"), "a scrape", log)
+            random = Random(0)
+            hours = [[(b"s%d" % n, observation(hour, random.gauss(50, 9))) for n in range(60)] for hour in range(40)]
+            served.produce([record for hour in hours for record in hour])
+            until(lambda: "CarouselCoverageOff" in firing_on(prometheus), "coverage to be told", log)
+            told = firing_on(prometheus)["CarouselCoverageOff"]
+            assert re.match("[01](\\.[0-9]+)?% of the truths .* level 0.8, [12] steps ahead", told)
+            assert served.get("/v1/streams/s0")["scores"]["total"]["coverage"] < 0.1, "the worker says the same"
+
+
+def firing_on(prometheus: str) -> dict[str, str]:
+    """Alerts by name: their descriptions."""
+    found = [alert for alert in asked(prometheus, "alerts")["alerts"] if alert["state"] == "firing"]
+    return {alert["labels"]["alertname"]: alert["annotations"]["description"] for alert in found}
+
+
+def answered_by(prometheus: str, query: str) -> bool:
+    return bool(asked(prometheus, "query", query=query)["result"])
 
 
 def dead_letters_as_operators_see_them(topic: str, servers: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -111,6 +112,9 @@ def test_restore_and_memory_and_what_they_stand_beside(bootstrap_servers: str) -
     assert restored.beside
     assert restored.note == "20 streams, 4 observations replayed"
     assert resident.limit == "declared bytes of a stream's state"
+    (scraped,) = named(figures, "metrics written out, for a scrape")
+    assert scraped.beside
+    assert re.fullmatch(r"20 streams, [1-9][0-9]?,[0-9]{3} bytes", scraped.note)
     assert all(figure.value > 0 for figure in figures if "resident" not in figure.name)  # of 20 streams: a page or none
 
 

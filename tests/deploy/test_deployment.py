@@ -1,7 +1,7 @@
 """docker-compose.yml and the files in deploy/, held against what they speak of.
 
 No container engine is needed: the image's contents are built and run from what the Dockerfile copies, Kafka's settings
-start a genuine broker, and a genuine Prometheus scrapes a genuine worker and answers the dashboard's queries.
+start a genuine broker, and a genuine Prometheus scrapes a genuine worker and answers the dashboards' queries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +34,9 @@ import torch
 import typer.main
 import yaml
 from compose_spec import PyOptions
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType
 from packaging.requirements import Requirement
@@ -43,7 +46,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import carousel
-from deploy import broker
+from deploy import broker, dashboards
 from deploy.broker import EmbeddedBroker
 from deploy.distribution import KAFKA_VERSION
 from deploy.java import end
@@ -51,14 +54,18 @@ from model.bundle import save_bundle
 from model.config import ModelConfig
 from model.grid import Grid
 from model.network import Forecaster
+from service import schemas
 from service.metrics import OUTCOMES
 from service.settings import Settings
 from tests.deploy.prometheus import (
+    ALERTS,
     HTTP,
     PROMETHEUS,
     ROOT,
+    RULES,
     answered,
     asked,
+    at_once,
     free_port,
     installed_tool,
     promtool,
@@ -70,8 +77,8 @@ from tests.deploy.prometheus import (
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = ROOT / "deploy/Dockerfile"
 GRAFANA = ROOT / "deploy/grafana"
-DASHBOARD = GRAFANA / "dashboards/carousel.json"
-WRITTEN_BY_HAND = (
+DASHBOARDS = [path.stem for path in dashboards.files()]
+CONFIGURATION = (
     COMPOSE,
     DOCKERFILE,
     *sorted(PROMETHEUS.parent.glob("*.yml")),
@@ -210,7 +217,7 @@ class TestCompose:
         assert [mount["source"] for mount in other] == ["/models/other"]
 
     def test_addresses_name_services_of_this_file_or_this_machine(self) -> None:
-        for file in WRITTEN_BY_HAND:
+        for file in CONFIGURATION:
             for host in re.findall(r"\w+://([\w.-]+)", file.read_text()):
                 assert host in {*SERVICES, "127.0.0.1"}, f"{file.name}: {host}"
 
@@ -247,7 +254,7 @@ class TestSettings:
 
     def test_no_other_variable_looks_like_a_setting(self) -> None:
         """A typing error in a CAROUSEL_ variable, here or in a comment, would be ignored without a word."""
-        for file in WRITTEN_BY_HAND:
+        for file in CONFIGURATION:
             named = set(re.findall(r"\bCAROUSEL_(\w+)", file.read_text()))
             assert {name.lower() for name in named} <= set(Settings.model_fields), file
 
@@ -332,7 +339,7 @@ class TestCommands:
         parse_command(service("carousel").get("command", json.loads(last_stage("CMD")[0])))
 
     def test_files_named_in_comments_exist(self) -> None:
-        for file in WRITTEN_BY_HAND:
+        for file in CONFIGURATION:
             for path in re.findall(r"\bdeploy/[\w./-]*\w", file.read_text()):
                 assert (ROOT / path).exists(), f"{file.name}: {path}"
 
@@ -477,17 +484,18 @@ class TestGrafana:
         assert source["url"] == f"http://prometheus:{exposed_port('prometheus')}"
         interval = yaml.safe_load(PROMETHEUS.read_text())["global"]["scrape_interval"]
         assert source["jsonData"]["timeInterval"] == interval
-        [variable] = [v for v in dashboard()["templating"]["list"] if v["name"] == "datasource"]
-        assert (variable["type"], variable["query"]) == ("datasource", source["type"])
+        for name in DASHBOARDS:
+            [variable] = [v for v in dashboard(name)["templating"]["list"] if v["name"] == "datasource"]
+            assert (variable["type"], variable["query"]) == ("datasource", source["type"])
 
     def test_provisioned_paths_are_mounted(self) -> None:
         mounted = binds("grafana")
         assert mounted["/etc/grafana/provisioning"] == f"./{(GRAFANA / 'provisioning').relative_to(ROOT)}"
         [file] = (GRAFANA / "provisioning/dashboards").iterdir()
         [provider] = yaml.safe_load(file.read_text())["providers"]
-        assert mounted[provider["options"]["path"]] == f"./{DASHBOARD.parent.relative_to(ROOT)}"
+        assert mounted[provider["options"]["path"]] == f"./{dashboards.DIRECTORY.relative_to(ROOT)}"
         home = service("grafana")["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
-        assert home == f"{provider['options']['path']}/{DASHBOARD.name}"
+        assert home == f"{provider['options']['path']}/health.json"
 
     def test_everybody_may_look_and_nobody_may_change(self) -> None:
         environment = service("grafana")["environment"]
@@ -496,70 +504,120 @@ class TestGrafana:
         assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
         assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
 
-    def test_the_dashboard_is_tidy(self) -> None:
-        text = json.dumps(dashboard(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        assert DASHBOARD.read_text(encoding="utf-8") == text
-        assert dashboard()["schemaVersion"] == 41
-        assert "__inputs" not in dashboard(), "export-style inputs break provisioning from files"
-        assert dashboard()["id"] is None
+    @pytest.mark.parametrize("path", dashboards.files(), ids=lambda path: path.stem)
+    def test_its_dashboards_are_those_that_the_code_makes(self, path: Path) -> None:
+        assert path.read_text(encoding="utf-8") == dashboards.files()[path], "make dashboards"
 
-    def test_panels_fill_the_grid_without_overlap(self) -> None:
+    def test_there_are_no_others(self) -> None:
+        assert set(dashboards.DIRECTORY.iterdir()) == set(dashboards.files())
+
+    @pytest.mark.parametrize("name", DASHBOARDS)
+    def test_grafanas_own_types_read_all_of_a_dashboard(self, name: str) -> None:
+        """They drop what they do not know: so a key that is none is found."""
+        register_default_plugins()
+        read = Dashboard.from_json(dashboard(name))
+        assert json.loads(json.dumps(read, cls=JSONEncoder)) == dashboard(name)
+
+    @pytest.mark.parametrize("name", DASHBOARDS)
+    def test_a_dashboard_can_be_provisioned(self, name: str) -> None:
+        content = dashboard(name)
+        assert content["schemaVersion"] == 41
+        assert "__inputs" not in content, "export-style inputs break provisioning from files"
+        assert content.get("id") is None
+        assert (content["uid"], content["tags"]) == (f"carousel-{name}", ["carousel"])
+        assert content["time"]["to"] == "now"
+        assert content["refresh"]
+
+    @pytest.mark.parametrize("name", DASHBOARDS)
+    def test_panels_fill_the_grid_without_overlap(self, name: str) -> None:
         cells: Counter[tuple[int, int]] = Counter()
-        for panel in dashboard()["panels"]:
+        for panel in dashboard(name)["panels"]:
             at = panel["gridPos"]
             cells.update((x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"]))
         height = max(y for _, y in cells) + 1
         assert cells == Counter((x, y) for x in range(24) for y in range(height))
-        ids = [panel["id"] for panel in dashboard()["panels"]]
+        ids = [panel["id"] for panel in dashboard(name)["panels"]]
         assert len(set(ids)) == len(ids)
 
-    def test_every_panel_says_what_it_shows(self) -> None:
-        titles = Counter((panel["type"], panel["title"]) for panel in panels())
+    @pytest.mark.parametrize("name", DASHBOARDS)
+    def test_every_panel_says_what_it_shows(self, name: str) -> None:
+        titles = Counter((panel["type"], panel["title"]) for panel in panels(name))
         assert titles
         assert max(titles.values()) == 1
-        for panel in panels():
+        for panel in panels(name):
             assert len(panel["description"]) > 20, panel["title"]
+            if panel["type"] == "text":
+                continue
             assert panel["fieldConfig"]["defaults"]["unit"] in UNITS, panel["title"]
             assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
             assert panel["targets"]
             for target in panel["targets"]:
                 assert target["datasource"] == panel["datasource"]
 
-    def test_queries_can_be_read_and_keep_to_the_chosen_workers(self) -> None:
-        assert queries()
-        for query in queries():
+    @pytest.mark.parametrize("name", DASHBOARDS)
+    def test_queries_can_be_read_and_keep_to_what_is_chosen(self, name: str) -> None:
+        chosen = {variable["name"] for variable in dashboard(name)["templating"]["list"]} - {"datasource"}
+        used = set()
+        for query in queries(name):
             assert selectors(query), query
             for selector in selectors(query):
-                chosen = [matcher for matcher in selector.matchers.matchers if matcher.name == "instance"]
-                assert [matcher.value for matcher in chosen] == [VARIABLES["$instance"]], query
+                matchers = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
+                assert matchers["job"] == VARIABLES["$job"], query
+                used |= {label for label in matchers if f"${label}" in VARIABLES}
+        assert used == chosen
+
+    def test_each_alert_has_a_panel_that_links_to_its_runbook(self) -> None:
+        links = [link for name in DASHBOARDS for panel in panels(name) for link in panel.get("links", [])]
+        names = [rule["alert"] for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+        assert {link["title"]: link["url"] for link in links} == {
+            f"Runbook: {name}": f"{dashboards.RUNBOOKS}#{name.lower()}" for name in names
+        }
+        assert binds("grafana")[f"/usr/share/grafana{dashboards.RUNBOOKS}"] == "./docs/runbooks.md"
+
+    def test_the_forecast_itself_is_asked_for_where_it_is_told(self) -> None:
+        [panel] = [panel for panel in panels("forecasts") if panel["type"] == "text"]
+        text = panel["options"]["content"]
+        assert f"http://carousel:{exposed_port('carousel')}/v1/streams/${{stream}}/forecast" in text
+        [rows] = re.findall(r"→ `(\[.+?), \.\.\.\]`", text)
+        for row in json.loads(f"{rows}]"):
+            schemas.ForecastRow.model_validate(row)
 
 
 UNITS = {"Bps", "bytes", "cps", "percentunit", "reqps", "s", "short", "string"}
 """Of Grafana's units, those that are used."""
-VARIABLES = {"$__rate_interval": "10s", "$instance": ".+"}
+VARIABLES = {"$__rate_interval": "10s", "$instance": ".+", "$job": ".*", "$stream": "(.+)"}
 
 
 @cache
-def dashboard() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+def dashboard(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((dashboards.DIRECTORY / f"{name}.json").read_text(encoding="utf-8"))
     return content
 
 
-def panels() -> list[dict[str, Any]]:
-    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
+def panels(name: str) -> list[dict[str, Any]]:
+    return [panel for panel in dashboard(name)["panels"] if panel["type"] != "row"]
 
 
-def queries() -> list[str]:
+def queries(*names: str) -> list[str]:
     """The queries of all panels, with Grafana's variables filled in."""
     found = []
-    for panel in panels():
-        for target in panel["targets"]:
+    for panel in (panel for name in names for panel in panels(name)):
+        for target in panel.get("targets", []):
             query = target["expr"]
             for name, value in VARIABLES.items():
                 query = query.replace(name, value)
             assert "$" not in query, f"{panel['title']}: a variable that the dashboard has not got"
             found.append(query)
     return found
+
+
+def measured(query: str) -> set[str]:
+    """The metrics that a query stands on, through recording rules."""
+    rules = {
+        rule["record"]: rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+    }
+    names = {selector.name for selector in selectors(query)}
+    return {name for name in names if name not in rules}.union(*(measured(rules[name]) for name in names & set(rules)))
 
 
 @dataclass
@@ -654,6 +712,7 @@ def worker(image: Image, bootstrap_servers: str, tmp_path_factory: pytest.TempPa
         "CAROUSEL_OBSERVATIONS_TOPIC": name,
         "CAROUSEL_FORECASTS_TOPIC": f"{name}.forecasts",
         "CAROUSEL_DEAD_LETTERS_TOPIC": f"{name}.dlq",
+        "CAROUSEL_WATCHED_STREAMS": ",".join(STREAMS[:2]),
     }
     log = directory / "log"
     with log.open("wb") as output:
@@ -680,7 +739,7 @@ def running(
     at, topic = worker
     flags = dict(flag.split("=", 1) for flag in service("prometheus")["command"])
     with (
-        watching(at, tmp_path_factory.mktemp("prometheus"), flags) as (address, log),
+        watching(at, tmp_path_factory.mktemp("prometheus"), flags, at_once) as (address, log),
         closing(KafkaProducer(bootstrap_servers=bootstrap_servers)) as producer,
     ):
         yield Running(at, address, log, topic, producer)
@@ -689,8 +748,8 @@ def running(
 class TestRunning:
     """Their order does not matter: each feeds and waits for what it needs."""
 
-    def test_every_query_of_the_dashboard_is_answered(self, running: Running) -> None:
-        pending = set(queries())
+    def test_every_query_of_the_dashboards_is_answered(self, running: Running) -> None:
+        pending = set(queries(*DASHBOARDS))
 
         def all_answered() -> bool:
             running.feed()
@@ -725,20 +784,29 @@ class TestRunning:
         finally:
             assert counted() == expected
 
-    def test_the_dashboard_asks_for_all_that_is_exported_and_for_nothing_else(self, running: Running) -> None:
-        running.feed()  # some appear with the first record
-        asked = {selector.name for query in queries() for selector in selectors(query)}
+    def test_the_dashboards_ask_for_all_that_is_exported_and_for_nothing_else(self, running: Running) -> None:
+        running.feed()
+        running.feed()  # some appear with the first record, some with the second
+        wanted = set().union(*(measured(query) for query in queries(*DASHBOARDS))) - {"ALERTS"}
         try:
-            until(lambda: asked <= set(running.families()), "all metrics that the dashboard asks for")
+            until(lambda: wanted <= set(running.families()), "all metrics that the dashboards ask for")
         finally:
             family_of = running.families()
-            assert not asked - set(family_of), "metrics that the worker has not got"
-        shown = {family_of[name].name for name in asked}
+            assert not wanted - set(family_of), "metrics that the worker has not got"
+        shown = {family_of[name].name for name in wanted}
         exported = {family.name for family in family_of.values() if not family.name.endswith("_created")}
-        assert exported == shown, "metrics that nobody sees"
-        [workers] = [variable for variable in dashboard()["templating"]["list"] if variable["name"] == "instance"]
-        assert workers["definition"] == workers["query"]["query"]
-        assert re.findall(r"label_values\((\w+), instance\)", workers["definition"])[0] in family_of
+        assert {name for name in exported if not name.startswith("process_")} <= shown, "metrics that nobody sees"
+
+    @pytest.mark.parametrize("name", DASHBOARDS)
+    def test_there_is_something_to_choose_from(self, name: str, running: Running) -> None:
+        variables = {v["name"]: v["query"] for v in dashboard(name)["templating"]["list"] if v["type"] == "query"}
+        assert variables
+        running.feed()
+        for label, query in variables.items():
+            [(selected, named)] = re.findall(r"^label_values\((.+), (\w+)\)$", query.replace("$job", ".+"))
+            assert named == label
+            found = until(partial(running.query, selected), query, running.prometheus_log)
+            assert all(one["metric"][label] for one in found)
 
     def test_the_tables_name_version_and_model(self, running: Running) -> None:
         until(lambda: running.query("carousel_model_info"), "the first scrape", running.prometheus_log)
@@ -751,7 +819,7 @@ class TestRunning:
     def test_rates_are_taken_of_counters_only(self, running: Running) -> None:
         gauges = {family.name for family in running.families().values() if family.type == "gauge"}
         assert "carousel_active_streams" in gauges
-        rated = {name for query in queries() for name in re.findall(r"(?:rate|increase)\((\w+)", query)}
+        rated = {name for query in queries(*DASHBOARDS) for name in re.findall(r"(?:rate|increase)\((\w+)", query)}
         assert rated
         assert not rated & gauges
 

@@ -259,6 +259,8 @@ class TestStreams:
         assert detail["forecast"] == ok(api.predict({"stream": "site 7/temperature"}))
         for part in ("state", "history"):
             assert ok(api.client.get(f"/v1/streams/{path}/{part}"))["stream"] == "site 7/temperature"
+        rows = ok(api.client.get(f"/v1/streams/{path}/forecast"))
+        assert [row["q0_5"] for row in rows] == detail["forecast"]["quantiles"]["0.5"]
 
     def test_scores_are_those_of_the_state(self, api: Running) -> None:
         state = api.state(EXAMPLE_STREAM)
@@ -319,6 +321,22 @@ class TestStreams:
         for before, observation in zip(forecasts, told["observations"][1:], strict=False):
             expected = {quantile: of[0] for quantile, of in before["quantiles"].items()}
             assert observation["forecast"] == pytest.approx(expected, rel=1e-3)
+
+    def test_the_open_forecast_comes_as_rows_to_be_drawn(self, api: Running) -> None:
+        told = ok(api.predict({"stream": EXAMPLE_STREAM}))
+        rows = ok(api.client.get(f"/v1/streams/{EXAMPLE_STREAM}/forecast"))
+        assert [row["step"] for row in rows] == list(range(1, CONFIG.horizon + 1))
+        assert [row["ts"] for row in rows] == told["timestamps"]
+        assert [row["time"] for row in rows][:2] == ["2026-11-20T00:00:00.000Z", "2026-11-20T01:00:00.000Z"]
+        for quantile, values in told["quantiles"].items():
+            assert [row[f"q{quantile.replace('.', '_')}"] for row in rows] == values
+        assert {len(row) for row in rows} == {3 + len(told["quantiles"])}, "flat, and nothing else"
+
+    def test_rows_of_a_model_without_a_clock_have_no_times(self, start: Start) -> None:
+        api = start(ModelConfig(grid=None, season=1, horizon=2, quantiles=(0.5,), hidden_size=4))
+        api.feed([record("a", time_at(0), 1.0)])
+        rows = ok(api.client.get("/v1/streams/a/forecast"))
+        assert [(row["step"], row["ts"], row["time"]) for row in rows] == [(1, None, None), (2, None, None)]
 
     def test_of_two_partitions_the_one_last_heard_counts(self, start: Start) -> None:
         api = start()
@@ -449,7 +467,7 @@ class TestBadInput:
     def test_row_7_streams(self, api: Running) -> None:
         problem_of(api.predict({"stream": "nobody"}), 404)
         problem_of(api.predict({"stream": "nobody", "history": history(0, 3)}), 404)
-        for part in ("", "/state", "/history"):
+        for part in ("", "/state", "/history", "/forecast"):
             problem_of(api.client.get(f"/v1/streams/nobody{part}"), 404)
         for malformed in ("", "\n", "x" * 257, "a/../b"):
             assert locs(api.predict({"stream": malformed})) == [["body", "stream"]]
@@ -636,7 +654,7 @@ class TestDescription:
                     assert answer.status_code == 200, (path, body, answer.text)
                     check_against_schema(api, method, path, answer)
                     ran.append(path)
-        assert len(ran) == 11, ran
+        assert len(ran) == 12, ran
         assert ran.count("/v1/predict") == 3
 
     def test_errors_are_as_declared(self, api: Running) -> None:
@@ -779,6 +797,25 @@ class TestOperations:
         assert "a/b" not in answer.text
         openmetrics = {"accept": "application/openmetrics-text; version=1.0.0"}
         assert api.client.get("/metrics", headers=openmetrics).text.endswith("# EOF\n")
+
+    def test_a_scrape_does_not_grow_with_the_streams(self, start: Start) -> None:
+        """20 of them are watched, the most that can be."""
+        config = ModelConfig(grid=Grid(HOUR_MS), horizon=1, quantiles=(0.1, 0.5, 0.9), hidden_size=2, layers=1)
+        watched = ",".join(f"s{n}" for n in range(20))
+        api = start(config, watched_streams=watched, history_steps=1, max_streams=100_000)
+
+        def scraped(streams: int) -> list[str]:
+            """The samples that there are, their values left out."""
+            for hour in (0, 1):
+                api.engine.process([record(f"s{n}", time_at(hour), 1.0) for n in range(streams)])
+            api.engine.watch(frozenset({0}))
+            text = api.client.get("/metrics").text
+            assert len(text) < 200_000
+            assert f"carousel_active_streams {float(streams)}" in text
+            return [line.rpartition(" ")[0] for line in text.splitlines()]
+
+        api.client.get("/metrics")  # that it was asked for is itself a sample
+        assert scraped(1_000) == scraped(100_000)
 
     def test_the_model_is_told(self, api: Running) -> None:
         told = ok(api.client.get("/v1/model"))

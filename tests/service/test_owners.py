@@ -26,7 +26,7 @@ from tests.service.test_api import locs, metric, ok, problem_of
 
 Start = Callable[..., Running]
 candidates = StubGroup(None).candidates
-PARTS = ("", "/state", "/history")
+PARTS = ("", "/state", "/history", "/forecast")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,9 @@ class TestStreams:
             for partition in (0, 1, 3):
                 told = answers(api, stream, partition=partition)
                 assert told[0]["observed"] == 10.0 * partition + 2
-                assert {each["partition"] for each in told[2:]} == {partition}
+                *others, rows = told[2:]
+                assert {each["partition"] for each in others} == {partition}
+                assert [row["q0_5"] for row in rows] == told[0]["quantiles"]["0.5"]
             for partition in (2, 4, 2**31 - 1):
                 problem_of(api.predict({"stream": stream, "partition": partition}), 404)
                 problem_of(api.client.get(f"/v1/streams/{stream}", params={"partition": partition}), 404)

@@ -53,6 +53,31 @@ def test_a_setting_that_makes_no_sense_is_named_in_one_line(flags: dict[str, obj
     assert "\n" not in str(refused.value)
 
 
+def test_watched_streams_are_parted_by_commas_and_may_have_spaces() -> None:
+    settings = Settings.load({"model": "m", "watched_streams": "shop 7, site 7/temperature,shop 7"})
+    assert settings.watched_streams == ["shop 7", "site 7/temperature"]
+    assert Settings.load({"model": "m"}).watched_streams == []
+
+
+@pytest.mark.parametrize(
+    ("watched", "why"),
+    [
+        (",".join(f"s{n}" for n in range(21)), "setting watched_streams: .*at most 20"),
+        (["shop 7, shop 8"], "setting watched_streams: .*comma"),
+        (["a/../b"], "setting watched_streams: .*'a/../b'"),
+        (["x" * 257], "setting watched_streams: .*256"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_with_a_reason(watched: object, why: str) -> None:
+    with pytest.raises(ServiceError, match=why):
+        Settings.load({"model": "m", "watched_streams": watched})
+
+
+def test_streams_without_history_cannot_be_watched() -> None:
+    with pytest.raises(ServiceError, match="watched_streams needs history_steps"):
+        Settings.load({"model": "m", "watched_streams": "a", "history_steps": 0})
+
+
 @pytest.mark.parametrize("url", ["http://worker_1:8000", "https://10.0.0.7", "http://[::1]:80", ""])
 def test_an_advertised_url_is_taken_without_its_last_slash(url: str) -> None:
     assert Settings.load({"model": "m", "advertised_url": url and url + "/"}).advertised_url == url

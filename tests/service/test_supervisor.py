@@ -81,6 +81,7 @@ def test_a_worker_that_cannot_start_is_given_up_in_the_end(tmp_path: Path, monke
 def test_a_worker_gets_all_settings_of_the_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CAROUSEL_EMIT_DECIMALS", "7")
     given = {"model": "m", "emit_quantiles": [0.1, 0.9], "compiled": False, "emit_decimals": None, "idle_limit_s": 2.5}
+    given |= {"watched_streams": ["shop 7", "b"]}
     settings = Settings.load(given).model_copy(update={"emit_decimals": None})
     environment = settings.environment()
     for name in [name for name in os.environ if name.startswith("CAROUSEL_")]:
