@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import httpx
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
+from deploy import workers
 from deploy.chaos.bundle import HOUR_MS
 from deploy.chaos.bundle import random_bundle as random_bundle
 
@@ -77,8 +77,7 @@ class Served:
     def _said(self, since: int) -> str:
         text = self.log_file.read_text()[since:]
         assert self.process.poll() is None, text
-        found = re.search(r'http://[^\s"]+(?=[\s"])', text)
-        return found[0] if found else ""
+        return workers.url(text)
 
     def ready(self) -> bool:
         try:
