@@ -46,7 +46,7 @@ CUSTOM = {"PodMonitor", "PrometheusRule", "ScaledObject"}
 """Of the Prometheus Operator and KEDA: Kubernetes has no schemas of these."""
 STREAM_BYTES = 12_069
 """Resident, of the default model: docs/speed.md."""
-WORKER_BYTES = 600 << 20
+WORKER_BYTES = 800 << 20
 """Resident, without streams."""
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 
