@@ -26,15 +26,13 @@ START_MS = 1_700_000_000_000 // HOUR_MS * HOUR_MS
 LIMIT_S = 90.0
 
 
-def until(what: str, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
-    """The first truth that `condition` gives; fails after `limit_s`, naming `what` was waited for."""
+def until(what: str, condition: Callable[[], Any], limit_s: float = LIMIT_S, log: Path | None = None) -> Any:
+    """The first truth that `condition` gives; fails after `limit_s`, with the log's end, naming `what` was due."""
     deadline = time.monotonic() + limit_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}\n{log.read_text()[-2000:] if log else ''}"
         time.sleep(0.05)
+    return value
 
 
 @dataclass

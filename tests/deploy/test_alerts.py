@@ -25,8 +25,8 @@ import carousel
 from deploy.broker import EmbeddedBroker
 from service.metrics import Judged, Metrics
 from service.settings import Settings
-from tests.deploy.prometheus import ALERTS, HTTP, PROMETHEUS, ROOT, RULES, asked, promtool, selectors, until, watching
-from tests.served import observation, random_bundle, serving
+from tests.deploy.prometheus import ALERTS, HTTP, PROMETHEUS, ROOT, RULES, asked, promtool, selectors, watching
+from tests.served import observation, random_bundle, serving, until
 
 RUNBOOKS = ROOT / "docs/runbooks.md"
 CASES = sorted((Path(__file__).parent / "rules").glob("*.yml"))
@@ -218,12 +218,12 @@ def test_faults_raise_their_alerts_and_their_end_ends_them(tmp_path: Path) -> No
             def scraped(query: str) -> bool:
                 return bool(asked(prometheus, "query", query=query)["result"])
 
-            until(lambda: scraped('carousel_records_rejected_total{reason="decode"} == 0'), "a scrape", log)
+            until("a scrape", lambda: scraped('carousel_records_rejected_total{reason="decode"} == 0'), log=log)
             # Before its first scrape Prometheus knew no worker: for less than 2 minutes, but more than the second here.
-            until(lambda: firing() == {}, "nothing to be told of a worker that is well", log)
+            until("nothing to be told of a worker that is well", lambda: firing() == {}, log=log)
 
             served.produce([(b"well", observation(step, 1.0)) for step in range(20)] + [(b"garbage", b"?")] * 20)
-            until(lambda: "CarouselRecordsRejected" in firing(), "garbage to be told", log)
+            until("garbage to be told", lambda: "CarouselRecordsRejected" in firing(), log=log)
             assert "with the reason decode" in firing()["CarouselRecordsRejected"]
             assert "b'garbage'" in dead_letters_as_operators_see_them(served.dead_letters, broker.bootstrap_servers)
             assert not {"CarouselNotReady", "CarouselWorkerDown", "CarouselStalled"} & set(firing())
@@ -232,13 +232,13 @@ def test_faults_raise_their_alerts_and_their_end_ends_them(tmp_path: Path) -> No
 
             assert broker.pid
             os.kill(broker.pid, signal.SIGKILL)
-            until(lambda: "CarouselNotReady" in firing(), "the loss of Kafka to be told", log)
+            until("the loss of Kafka to be told", lambda: "CarouselNotReady" in firing(), log=log)
             assert firing()["CarouselNotReady"].startswith(f"{at} has not been ready")
 
             served.process.kill()
-            until(lambda: "CarouselWorkerDown" in firing(), "the worker's end to be told", log)
+            until("the worker's end to be told", lambda: "CarouselWorkerDown" in firing(), log=log)
             assert firing()["CarouselWorkerDown"] == f"{at} does not answer; 0 others do."
-            until(lambda: "CarouselNotReady" not in firing(), "what a worker that is gone had said to be over", log)
+            until("what a worker that is gone had said to be over", lambda: "CarouselNotReady" not in firing(), log=log)
 
 
 def dead_letters_as_operators_see_them(topic: str, servers: str) -> str:

@@ -62,9 +62,9 @@ from tests.deploy.prometheus import (
     installed_tool,
     promtool,
     selectors,
-    until,
     watching,
 )
+from tests.served import until
 
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = ROOT / "deploy/Dockerfile"
@@ -692,8 +692,8 @@ def worker(image: Image, bootstrap_servers: str, tmp_path_factory: pytest.TempPa
             found = re.search(r"http://(\S+)", log.read_text())
             return found[1] if found else ""
 
-        at = until(address, "the worker says its address", log)
-        until(lambda: answered(f"http://{at}/readyz"), "the worker is ready", log)
+        at = until("the worker says its address", address, log=log)
+        until("the worker is ready", lambda: answered(f"http://{at}/readyz"), log=log)
         yield at, name
     finally:
         end(process, 15)
@@ -726,7 +726,7 @@ class TestRunning:
             return not pending
 
         try:
-            until(all_answered, "answers to all queries", running.prometheus_log)
+            until("answers to all queries", all_answered, log=running.prometheus_log)
         finally:
             assert not pending
 
@@ -747,7 +747,7 @@ class TestRunning:
             return {(metric, label): running.counted(metric, label) for metric, label in expected}
 
         try:
-            until(lambda: counted() == expected, "all records in Prometheus", running.prometheus_log)
+            until("all records in Prometheus", lambda: counted() == expected, log=running.prometheus_log)
         finally:
             assert counted() == expected
 
@@ -755,7 +755,7 @@ class TestRunning:
         running.feed()  # some appear with the first record
         asked = {selector.name for query in queries() for selector in selectors(query)}
         try:
-            until(lambda: asked <= set(running.families()), "all metrics that the dashboard asks for")
+            until("all metrics that the dashboard asks for", lambda: asked <= set(running.families()))
         finally:
             family_of = running.families()
             assert not asked - set(family_of), "metrics that the worker has not got"
@@ -767,7 +767,7 @@ class TestRunning:
         assert re.findall(r"label_values\((\w+), instance\)", workers["definition"])[0] in family_of
 
     def test_the_tables_name_version_and_model(self, running: Running) -> None:
-        until(lambda: running.query("carousel_model_info"), "the first scrape", running.prometheus_log)
+        until("the first scrape", lambda: running.query("carousel_model_info"), log=running.prometheus_log)
         [build] = running.query("carousel_build_info")
         [model] = running.query("carousel_model_info")
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -785,13 +785,16 @@ class TestRunning:
         promtool("check", "metrics", given=HTTP.get(f"http://{running.worker}/metrics").text)
 
     def test_every_rule_is_evaluated_without_fault(self, running: Running) -> None:
-        running.feed()  # so that there is something to compute
-        until(lambda: running.answers("job:carousel_records_consumed:rate5m > 0"), "rules", running.prometheus_log)
+        def computed() -> bool:
+            running.feed()  # again and again: a rate has nothing to tell of what came before the first scrape
+            return running.answers("job:carousel_records_consumed:rate5m > 0")
+
+        until("rules", computed, log=running.prometheus_log)
 
         def rules() -> list[dict[str, Any]]:
             return [rule for group in asked(running.prometheus, "rules")["groups"] for rule in group["rules"]]
 
-        until(lambda: all(rule["health"] != "unknown" for rule in rules()), "all rules", running.prometheus_log)
+        until("all rules", lambda: all(rule["health"] != "unknown" for rule in rules()), log=running.prometheus_log)
         assert rules()
         assert {rule["name"]: rule["lastError"] for rule in rules() if rule["health"] != "ok"} == {}
 
