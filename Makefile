@@ -3,7 +3,7 @@
 # make check   what CI checks: style, types
 # make bench   how fast, beside the limits; ARGS="latency http --out figures/" measures these, see carousel bench --help
 # make chaos   what it survives: workers and Kafka killed, stopped, thrown out; some minutes
-# make docs    docs/settings.md, from the settings
+# make docs    docs/settings.md, from the settings; Kubernetes' copy of Prometheus' rules, from these
 # make dashboards    Grafana's, from deploy/dashboards.py
 # make setup   .venv with all that these need (each of them calls it)
 
@@ -49,6 +49,8 @@ chaos: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -c 'from service.settings import reference; print(reference(), end="")' > docs/settings.md
+	$(BIN)/python -c 'from deploy.rules import prometheus_rule; print(prometheus_rule(), end="")' \
+	  > deploy/kubernetes/monitoring/rules.yaml
 
 dashboards: $(READY)
 	$(BIN)/python -m deploy.dashboards

@@ -32,6 +32,7 @@ from rich.table import Table
 
 import model
 import training
+from deploy import workers
 from deploy.broker import BrokerConfig, EmbeddedBroker
 from deploy.distribution import cache_dir
 from deploy.java import end, signals_interrupt, spawn
@@ -176,15 +177,18 @@ def _worker(stack: ExitStack, bundle: Path, servers: str, http_port: int) -> str
     """Start `carousel serve` and wait until it is ready. -> its URL."""
     log_file = bundle / "serve.log"
     output = stack.enter_context(log_file.open("wb"))
-    group = f"carousel-demo-{time.time_ns()}"
-    command = [sys.executable, "-m", "carousel", "serve", "--model", str(bundle), "--bootstrap-servers", servers]
-    command += ["--http-port", str(http_port), "--group-id", group, "--start", "latest"]
-    command += ["--log-format", "console"]  # whatever the environment says: the URL is read from it
-    worker = spawn(command, Path.cwd(), output)
+    settings = {
+        "model": bundle,
+        "bootstrap_servers": servers,
+        "http_port": http_port,
+        "group_id": f"carousel-demo-{time.time_ns()}",
+        "start": "latest",
+    }
+    worker = spawn(workers.command(settings), Path.cwd(), output)
     stack.callback(end, worker, STOP_LIMIT_S)
     deadline = time.monotonic() + START_LIMIT_S
     while worker.poll() is None and time.monotonic() < deadline:
-        url = _find_url(log_file)
+        url = workers.url(log_file.read_text(errors="replace"))
         if url and _ready(url):
             return url
         time.sleep(0.1)
@@ -200,13 +204,6 @@ def _usual_port() -> int:
         except OSError:
             return 0
     return HTTP_PORT
-
-
-def _find_url(log_file: Path) -> str | None:
-    for line in log_file.read_text(errors="replace").splitlines():
-        if "serving " in line and "http://" in line:
-            return "http://" + line.split("http://")[1].split()[0]
-    return None
 
 
 def _ready(url: str) -> bool:

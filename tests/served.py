@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import httpx
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
+from deploy import workers
 from deploy.chaos.bundle import HOUR_MS
 from deploy.chaos.bundle import random_bundle as random_bundle
 
@@ -26,15 +26,13 @@ START_MS = 1_700_000_000_000 // HOUR_MS * HOUR_MS
 LIMIT_S = 90.0
 
 
-def until(what: str, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
-    """The first truth that `condition` gives; fails after `limit_s`, naming `what` was waited for."""
+def until(what: str, condition: Callable[[], Any], limit_s: float = LIMIT_S, log: Path | None = None) -> Any:
+    """The first truth that `condition` gives; fails after `limit_s`, with the log's end, naming `what` was due."""
     deadline = time.monotonic() + limit_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}\n{log.read_text()[-2000:] if log else ''}"
         time.sleep(0.05)
+    return value
 
 
 @dataclass
@@ -77,8 +75,7 @@ class Served:
     def _said(self, since: int) -> str:
         text = self.log_file.read_text()[since:]
         assert self.process.poll() is None, text
-        found = re.search(r'http://[^\s"]+(?=[\s"])', text)
-        return found[0] if found else ""
+        return workers.url(text)
 
     def ready(self) -> bool:
         try:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy import workers
 from deploy.bench.figures import BenchError
 from deploy.bench.load import flags_of
 from deploy.java import LAUNCHER, ending
@@ -57,9 +58,8 @@ class Program:
         until_s = time.monotonic() + READY_S
         while time.monotonic() < until_s:
             self.check()
-            _, found, rest = self.said.partition("http://")
-            if found and rest.split() and rest[len(rest.split()[0]) :]:  # the line is whole
-                return found + rest.split()[0]
+            if told := workers.url(self.said):
+                return told
             time.sleep(0.05)
         raise BenchError(f"{self.name} did not tell its URL within {READY_S:g} s; its log: {self.said[-500:]}")
 
@@ -129,8 +129,4 @@ def environment(settings: Settings) -> dict[str, str]:
 
 def serve(settings: Settings) -> list[str]:
     """The command of a worker with these settings."""
-    flags = []
-    for name, value in flags_of(settings).items():
-        flag = f"--{name.replace('_', '-')}"
-        flags += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
-    return [sys.executable, "-m", "carousel", "serve", *flags]
+    return workers.command(flags_of(settings))

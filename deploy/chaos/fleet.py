@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy import workers
 from deploy.java import ending, spawn
 
 STOP_LIMIT_S = 10.0
@@ -39,10 +39,8 @@ class Life:
         self._url = ""
         self.killed = False
         """Whether it was us who killed it."""
-        command = [sys.executable, "-X", "faulthandler", "-m", "carousel", "serve"]
-        command += [f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()]
         with self.log_file.open("wb") as log:
-            self.process = spawn(command, Path.cwd(), log)
+            self.process = spawn(workers.command(flags), Path.cwd(), log)
 
     @property
     def status(self) -> int | None:
@@ -56,8 +54,7 @@ class Life:
     @property
     def url(self) -> str:
         """Where its API listens; "" until its log tells, which it does before it joins its group."""
-        if not self._url and (found := re.search(r"serving .*(http://\S+)", self.said)):
-            self._url = found[1]
+        self._url = self._url or workers.url(self.said)
         return self._url
 
     @property

@@ -7,11 +7,10 @@ import re
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import promql_parser
@@ -19,25 +18,14 @@ import pytest
 import yaml
 
 from deploy.java import end
+from tests.served import until
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus/prometheus.yml"
 RULES = ROOT / "deploy/prometheus/rules.yml"
 ALERTS = ROOT / "deploy/prometheus/alerts.yml"
 
-LIMIT_S = 60.0
 HTTP = httpx.Client(timeout=10, trust_env=False)  # one for all: each reads the certificates of the system first
-T = TypeVar("T")
-
-
-def until(condition: Callable[[], T], what: str, log: Path | None = None) -> T:
-    """What the condition gives once that is true. Fails, with the log's end, when LIMIT_S is over."""
-    deadline = time.monotonic() + LIMIT_S
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {LIMIT_S:g} s\n{log.read_text()[-2000:] if log else ''}")
-        time.sleep(0.1)
-    return found
 
 
 def free_port() -> int:
@@ -109,7 +97,7 @@ def watching(
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=directory, stdout=output, stderr=subprocess.STDOUT)
     try:
-        until(lambda: answered(f"http://{address}/-/ready"), "Prometheus is ready", log)
+        until("Prometheus is ready", lambda: answered(f"http://{address}/-/ready"), log=log)
         yield address, log
     finally:
         end(process, 15)

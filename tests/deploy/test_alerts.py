@@ -42,10 +42,9 @@ from tests.deploy.prometheus import (
     at_once,
     promtool,
     selectors,
-    until,
     watching,
 )
-from tests.served import observation, random_bundle, serving
+from tests.served import observation, random_bundle, serving, until
 
 RUNBOOKS = ROOT / "docs/runbooks.md"
 CASES = sorted((Path(__file__).parent / "rules").glob("*.yml"))
@@ -233,12 +232,12 @@ def test_faults_raise_their_alerts_and_their_end_ends_them(tmp_path: Path) -> No
                 return firing_on(prometheus)
 
             nothing = 'carousel_records_rejected_total{reason="decode"} == 0'
-            until(lambda: answered_by(prometheus, nothing), "a scrape", log)
+            until("a scrape", lambda: answered_by(prometheus, nothing), log=log)
             # Before its first scrape Prometheus knew no worker: for less than 2 minutes, but more than the second here.
-            until(lambda: firing() == {}, "nothing to be told of a worker that is well", log)
+            until("nothing to be told of a worker that is well", lambda: firing() == {}, log=log)
 
             served.produce([(b"well", observation(step, 1.0)) for step in range(20)] + [(b"garbage", b"?")] * 20)
-            until(lambda: "CarouselRecordsRejected" in firing(), "garbage to be told", log)
+            until("garbage to be told", lambda: "CarouselRecordsRejected" in firing(), log=log)
             assert "with the reason decode" in firing()["CarouselRecordsRejected"]
             assert "b'garbage'" in dead_letters_as_operators_see_them(served.dead_letters, broker.bootstrap_servers)
             assert not {"CarouselNotReady", "CarouselWorkerDown", "CarouselStalled"} & set(firing())
@@ -247,13 +246,13 @@ def test_faults_raise_their_alerts_and_their_end_ends_them(tmp_path: Path) -> No
 
             assert broker.pid
             os.kill(broker.pid, signal.SIGKILL)
-            until(lambda: "CarouselNotReady" in firing(), "the loss of Kafka to be told", log)
+            until("the loss of Kafka to be told", lambda: "CarouselNotReady" in firing(), log=log)
             assert firing()["CarouselNotReady"].startswith(f"{at} has not been ready")
 
             served.process.kill()
-            until(lambda: "CarouselWorkerDown" in firing(), "the worker's end to be told", log)
+            until("the worker's end to be told", lambda: "CarouselWorkerDown" in firing(), log=log)
             assert firing()["CarouselWorkerDown"] == f"{at} does not answer; 0 others do."
-            until(lambda: "CarouselNotReady" not in firing(), "what a worker that is gone had said to be over", log)
+            until("what a worker that is gone had said to be over", lambda: "CarouselNotReady" not in firing(), log=log)
 
 
 def test_intervals_that_hold_nothing_raise_their_alert(bootstrap_servers: str, tmp_path: Path) -> None:
@@ -267,11 +266,11 @@ def test_intervals_that_hold_nothing_raise_their_alert(bootstrap_servers: str, t
     with serving(tmp_path / "model", bootstrap_servers, tmp_path, intervals="raw") as served:
         at = served.url.removeprefix("http://")
         with watching(at, tmp_path, {}, at_once) as (prometheus, log):
-            until(lambda: answered_by(prometheus, "carousel_intervals_scored_total == 0"), "a scrape", log)
+            until("a scrape", lambda: answered_by(prometheus, "carousel_intervals_scored_total == 0"), log=log)
             random = Random(0)
             hours = [[(b"s%d" % n, observation(hour, random.gauss(50, 9))) for n in range(60)] for hour in range(40)]
             served.produce([record for hour in hours for record in hour])
-            until(lambda: "CarouselCoverageOff" in firing_on(prometheus), "coverage to be told", log)
+            until("coverage to be told", lambda: "CarouselCoverageOff" in firing_on(prometheus), log=log)
             told = firing_on(prometheus)["CarouselCoverageOff"]
             assert re.match("[01](\\.[0-9]+)?% of the truths .* level 0.8, [12] steps ahead", told)
             assert served.get("/v1/streams/s0")["scores"]["total"]["coverage"] < 0.1, "the worker says the same"

@@ -99,7 +99,10 @@ def test_latency_is_measured_of_all_alike(
     assert all(figure.beside for figure in figures if figure.role != "limit")
 
 
-def test_http_is_measured_idle_and_at_work_beside_what_serves_the_same_bytes(bootstrap_servers: str) -> None:
+def test_http_is_measured_idle_and_at_work_beside_what_serves_the_same_bytes(
+    bootstrap_servers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAROUSEL_LOG_FORMAT", "json")  # as a shell may have it
     figures = run(tiny(bootstrap_servers, "http"), quiet())
     assert len(figures) == 5 * 3 + 4 * 2  # and, at a steady rate, times alone
     assert all(figure.value > 0 for figure in figures)

@@ -249,7 +249,8 @@ def test_of_two_workers_that_know_a_stream_both_must_know_it_right(scene: Scene)
 
 
 @pytest.mark.timeout(600)  # some 50 s on a quiet machine
-def test_workers_that_are_killed_stopped_and_thrown_out_leave_no_trace() -> None:
+def test_workers_that_are_killed_stopped_and_thrown_out_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAROUSEL_LOG_FORMAT", "json")  # as a shell may have it
     assert run(replace(SHORT, seed=3))
 
 

@@ -39,7 +39,9 @@ def trained(home: Path) -> Path:
 
 
 def environment(home: Path) -> dict[str, str]:
-    return os.environ | {"XDG_CACHE_HOME": str(home), "COLUMNS": "160"}
+    """Such as a shell may have in which `carousel serve` is used, too."""
+    logs = {"CAROUSEL_LOG_FORMAT": "json", "CAROUSEL_LOG_LEVEL": "error"}
+    return os.environ | logs | {"XDG_CACHE_HOME": str(home), "COLUMNS": "160"}
 
 
 def demo(home: Path, *arguments: str) -> subprocess.Popen[str]:

