@@ -450,6 +450,11 @@ class TestImage:
         assert helped.returncode == 0, helped.stderr
         assert "--bootstrap-servers" in helped.stdout
 
+    def test_the_live_page_is_in_it_with_all_its_files(self, image: Image) -> None:
+        assert "bokeh" not in image.absent
+        shipped = {path.name for path in (image.site / "service/page").iterdir()}
+        assert {path.name for path in (ROOT / "service/page").iterdir() if path.is_file()} <= shipped
+
     def test_the_entry_point_is_installed(self, image: Image) -> None:
         [scripts] = image.site.glob("*.dist-info/entry_points.txt")
         assert "carousel = carousel:main" in scripts.read_text()
