@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Carousel needs Python 3.11 or later; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[train,backtest,broker,fast,dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[train,backtest,broker,fast,page,dev]'
 	touch $@
 
 demo: $(READY)

@@ -125,6 +125,7 @@ def run(config: DemoConfig, console: Console | None = None) -> bool:
         with console.status("starting the worker …"):
             url = _worker(stack, bundle, servers, _usual_port() if config.http_port is None else config.http_port)
         console.print(
+            f"[bold]look[/bold]     {url}\n"
             f"[bold]Kafka[/bold]    {servers}  carousel.observations → carousel.forecasts\n"
             f"[bold]API[/bold]      {url}/v1/streams   {url}/openapi.json\n"
             f"[bold]metrics[/bold]  {url}/metrics"

@@ -1,7 +1,7 @@
 """The HTTP API: routes, what they say of themselves in OpenAPI, and how errors are told.
 
-The only file that imports FastAPI. What routes answer is computed in `predict` and `views`; what requests and answers
-look like stands in `schemas`.
+Of all files only this one and the `page` import FastAPI. What routes answer is computed in `predict` and `views`; what
+requests and answers look like stands in `schemas`.
 """
 # No `from __future__ import annotations` here: FastAPI reads annotations, some of which name what is local.
 
@@ -30,7 +30,8 @@ from service.errors import Refused
 from service.events import EventHub, Subscription
 from service.guard import PROBLEM_TYPE, Guard, is_json, problem
 from service.metrics import Metrics
-from service.owners import ANY, PARTITION_HEADER, Answer, Owners, Question
+from service.owners import PARTITION_HEADER, PARTITION_PATTERN, Answer, Owners, Question
+from service.page import add_classifier_page, add_page
 from service.predict import Predictor, arrays_of
 from service.settings import Settings
 from service.straight import Straight
@@ -64,9 +65,7 @@ WHY = {
 
 StreamPath = Annotated[schemas.StreamId, Path(examples=[EXAMPLE_STREAM])]
 Partition = Annotated[schemas.Partition | None, Query(description=schemas.PARTITION_SAYS)]
-Only = Annotated[
-    str | None, Header(alias=PARTITION_HEADER, pattern=rf"^({ANY}|[0-9]{{1,9}})$", include_in_schema=False)
-]
+Only = Annotated[str | None, Header(alias=PARTITION_HEADER, pattern=PARTITION_PATTERN, include_in_schema=False)]
 """Set by a worker that passes a request on."""
 
 
@@ -95,6 +94,7 @@ def create_app(
     _add_streams(app, engine, predictor, owners)
     _add_events(app, hub)
     _add_operations(app, worker, metrics)
+    add_page(app, engine, predictor, owners, worker, metrics, hub)
     _describe(app)
     return app
 
@@ -125,6 +125,7 @@ def create_classifier_app(judge: Judge, settings: Settings, metrics: Metrics) ->
         return json_answer(judge.model())
 
     _add_operations(app, judge, metrics)
+    add_classifier_page(app, judge)
     _describe(app)
     return app
 

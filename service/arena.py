@@ -52,6 +52,8 @@ class Arena:
         self._record = schema.record
         self._bytes, self._first = self.block.numpy(), schema.block(1)[0].numpy()
         self._streams: dict[int, OrderedDict[str, int]] = {}
+        self.changes = 0
+        """Differs whenever other streams are here than before."""
         self._rows = 0
         self._free: list[int] = []
         # What a rollback needs: the old content of rows changed since the last commit, and who came or went.
@@ -100,6 +102,7 @@ class Arena:
         self._bytes[row] = self._first
         self._rows = max(self._rows, row + 1)
         self.open(key.partition)[key.stream] = row
+        self.changes += 1
         self._came.append((key, row, True))
         return row
 
@@ -109,6 +112,7 @@ class Arena:
         if row is None:
             return False
         del self._streams[key.partition][key.stream]
+        self.changes += 1
         self._came.append((key, row, False))
         return True
 
@@ -117,6 +121,7 @@ class Arena:
         rows = list(self.streams(partition).values())
         self._streams.pop(partition, None)
         self._free += rows
+        self.changes += 1
         return len(rows)
 
     def load(self, partition: int, streams: Sequence[str], state: Rows) -> None:
@@ -176,6 +181,7 @@ class Arena:
             else:
                 self._streams[key.partition][key.stream] = row
         self._came.clear()
+        self.changes += 1
         self._end_transaction()
         for partition in self._streams:
             self.sort(partition)

@@ -70,6 +70,11 @@ class EventHub:
         self._readers: set[Subscription] = set()
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        """Whether the service is stopping."""
+        return self._closed
+
     def publish(self, outgoing: Sequence[Outgoing]) -> None:
         """Offer the forecasts among `outgoing`. Never waits for a reader; costs nothing while there is none."""
         if not self._readers:

@@ -22,11 +22,11 @@ from urllib.parse import urlencode
 import httpx
 import orjson
 
-from service import views
 from service.engine import Engine
 from service.errors import Refused
 from service.guard import problem
 from service.metrics import Metrics
+from service.roster import Roster, first
 from service.schemas import Page
 from service.transport.contract import Described, Group
 from service.views import Content, Fields, Partitions
@@ -36,6 +36,7 @@ PARTITION_HEADER = "carousel-partition"
 PARTITIONS_HEADER = "carousel-partitions"
 """With its answer: the partitions whose streams were all seen to, by commas. Without it "not found" proves nothing."""
 ANY = "any"
+PARTITION_PATTERN = rf"^({ANY}|[0-9]{{1,9}})$"
 PASSED_BACK = ("content-type", "retry-after")
 
 FRESH_S = 1.0
@@ -105,7 +106,8 @@ class Owners:
     """
 
     def __init__(self, engine: Engine, worker: Pulse, group: Group, url: str, metrics: Metrics) -> None:
-        self._engine, self._worker, self._group, self._url = engine, worker, group, url
+        self._worker, self._group, self._url = worker, group, url
+        self._roster = Roster(engine)
         self._forwarded = metrics.forwarded
         self._described: Described | None = None
         self._described_at = self._away_at = -float("inf")
@@ -159,7 +161,7 @@ class Owners:
         cannot be asked.
         """
         if only is not None:
-            return self._for_another(only, partial(views.page, self._engine, asked))
+            return self._for_another(only, partial(self._roster.page, asked))
         return _said(self._twice(partial(self._pages, asked)))
 
     def _for_another(self, only: str, answer: Callable[[Partitions], Content]) -> Answer:
@@ -194,7 +196,7 @@ class Owners:
             if answer := self._ask(question, partition, group, deadline):
                 return answer
         if question.partition is None:
-            exact = Page(limit=1, after="", q="", stream=question.stream)
+            exact = Page(limit=1, after="", q="", stream=question.stream, order="id")
             for found in self._pages(exact, group, deadline)["streams"]:
                 if answer := self._ask(question, found["partition"], group, deadline):
                     return answer
@@ -228,11 +230,11 @@ class Owners:
     def _pages(self, asked: Page, group: Described, deadline: float) -> Fields:
         """What all workers list together, once each partition was answered for. Raises Moved."""
         everywhere, live = frozenset(range(group.partitions)), self._worker.live
-        here = partial(self._here, live, partial(views.page, self._engine, asked))
+        here = partial(self._here, live, partial(self._roster.page, asked))
         if everywhere <= live:
             return here()
         others = {url for partition, url in group.owners.items() if partition not in live} - {self._url}
-        path = f"/v1/streams?{urlencode(asked.model_dump(exclude_none=True))}"
+        path = f"/v1/streams?{urlencode(asked.model_dump(exclude_defaults=True))}"
         with self._turn():
             sent = [self._send(url, ANY, path, None, deadline) for url in others]
             pages, covered = [here()], live
@@ -242,7 +244,7 @@ class Owners:
                     covered |= about
         if not everywhere <= covered:
             raise Moved("some partitions are just moving from worker to worker; come again in a moment")
-        return merge(pages, asked.limit)
+        return merge(pages, asked)
 
     def _here(self, partitions: Partitions, answer: Callable[[Partitions], T]) -> T:
         """What this worker says of its own streams. Raises Moved unless these are live, before and after."""
@@ -338,7 +340,7 @@ class Owners:
         return answer, frozenset(int(partition) for partition in about.split(",") if partition.isdecimal())
 
 
-def merge(pages: Sequence[Fields], limit: int) -> Fields:
+def merge(pages: Sequence[Fields], asked: Page) -> Fields:
     """One page of several workers' pages of the same request: complete as far as it goes. A stream that more than one
     has is told by who heard it last.
     """
@@ -347,11 +349,12 @@ def merge(pages: Sequence[Fields], limit: int) -> Fields:
         other = streams.setdefault(one["stream"], one)
         streams[one["stream"]] = max(one, other, key=lambda each: (each["ts"], each["partition"]))
     end = min((page["next"] for page in pages if page["next"] is not None), default=None)
-    ids = sorted(stream for stream in streams if end is None or stream <= end)
+    within = first([told for stream, told in streams.items() if end is None or stream <= end], asked.order)
+    chosen = within[: asked.limit]
     return {
-        "streams": [streams[stream] for stream in ids[:limit]],
+        "streams": chosen,
         "total": sum(page["total"] for page in pages),
-        "next": ids[limit - 1] if len(ids) > limit else end,
+        "next": chosen[-1]["stream"] if len(within) > len(chosen) and asked.order == "id" else end,
     }
 
 

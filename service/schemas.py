@@ -76,6 +76,9 @@ class PredictRequest(Strict):
     raw: bool = Field(False, description="Answer the quantiles as the model gives them, without their calibration.")
 
 
+Order = Literal["id", "anomaly", "error", "heard"]
+
+
 class Page(BaseModel):
     """Which streams to list."""
 
@@ -85,6 +88,11 @@ class Page(BaseModel):
     after: str = Field("", max_length=STREAM_ID_MAX, description="List ids after this one: `next` of the page before.")
     q: str = Field("", max_length=STREAM_ID_MAX, description="List only ids that contain this text.")
     stream: StreamId | None = Field(None, description="List only the stream of this id, if it is there.")
+    order: Order = Field(
+        "id",
+        description="What comes first: the least `id`, the oddest last value (`anomaly`), the largest MASE one step"
+        " ahead (`error`), or who was `heard` last. All but `id` list the first `limit` only, without further pages.",
+    )
 
 
 class Answer(BaseModel):
@@ -155,9 +163,9 @@ class StreamDetail(Stream):
 
 
 class StreamPage(Answer):
-    """Streams by id, in order."""
+    """Some of the streams, in order."""
 
-    streams: list[Stream] = Field(description="At most `limit`, in the order of their ids.")
+    streams: list[Stream] = Field(description="At most `limit`, in the order asked for.")
     total: int = Field(description="How many streams match, on all pages; an id that two workers have counts twice.")
     next: str | None = Field(description="Give this as `after` for the next page; null: this is the last.")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from service.arena import StreamKey
 from service.engine import Engine
 from service.errors import Refused
 from service.forecasts import quantile_key
-from service.schemas import Page
 
 Fields = dict[str, Any]
 Content = Fields | list[Fields]
@@ -59,23 +57,12 @@ def _copy(engine: Engine, keys: list[StreamKey]) -> Rows:
     return engine.arena.gather(torch.tensor([engine.arena.find(key) for key in keys], dtype=torch.int64))
 
 
-def page(engine: Engine, asked: Page, partitions: Partitions | None = None) -> Fields:
-    """At most `limit` streams in the order of their ids, of those after `after` that match; of `partitions` only."""
+def listed(engine: Engine, streams: Sequence[str], partitions: Partitions) -> list[Fields]:
+    """What a list says of each of these streams that is there."""
     with engine.lock:
-        held = engine.arena.keys_of(asked.stream) if asked.stream else list(engine.arena)
-    matching = {
-        key.stream for key in held if asked.q in key.stream and (partitions is None or key.partition in partitions)
-    }
-    limit = asked.limit
-    chosen = heapq.nsmallest(limit + 1, (stream for stream in matching if stream > asked.after))
-    with engine.lock:  # taken anew: meanwhile a stream may have ended
-        keys = [key for stream in chosen[:limit] if (key := engine.arena.last_heard(stream, partitions))]
+        keys = [key for stream in streams if (key := engine.arena.last_heard(stream, partitions))]
         state = _copy(engine, keys)
-    return {
-        "streams": summaries(engine, keys, state),
-        "total": len(matching),
-        "next": chosen[limit - 1] if len(chosen) > limit else None,
-    }
+    return summaries(engine, keys, state)
 
 
 def summaries(engine: Engine, keys: list[StreamKey], state: Rows) -> list[Fields]:

@@ -77,7 +77,7 @@ def test_it_forecasts_every_stream_says_what_it_counted_and_leaves_nothing(train
     assert process.wait() == 0, "".join(said)
     text = "".join(said)
     assert "forecasts flowed for all 17 streams" in text
-    assert "/v1/streams" in text
+    assert text.index("look ") < text.index("/v1/streams"), "the page first"
     assert "/metrics" in text
     for figure in ("forecasts", "lag", "end to end p50", "error beside seasonal naive", "in 80% interval"):
         assert figure in text

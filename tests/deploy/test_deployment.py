@@ -412,7 +412,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     )
     assert built.returncode == 0, built.stderr
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    present = closure([*project["dependencies"], *project["optional-dependencies"]["fast"]])
+    extras = project["optional-dependencies"]
+    present = closure([*project["dependencies"], *extras["fast"], *extras["page"]])
     ours = {path.stem for path in site.iterdir()}
     absent = {
         module
@@ -451,9 +452,9 @@ class TestImage:
         assert uid > 0
         assert f"--uid {uid} " in last_stage("RUN")[0]
 
-    def test_what_it_installs_is_constrained_and_of_the_extras_only_the_fast_one(self) -> None:
+    def test_what_it_installs_is_constrained_and_of_the_extras_those_that_serve(self) -> None:
         assert all("--constraint constraints.txt" in text for text in installs())
-        assert installs()[-1].split()[-1] == "'.[fast]'"
+        assert installs()[-1].split()[-1] == "'.[fast,page]'"
 
     @pytest.mark.parametrize(("index", "named"), [("", []), ("https://wheels.example/cpu", ["--index-url"])])
     def test_torch_alone_comes_from_the_index_that_is_named(self, index: str, named: list[str], tmp_path: Path) -> None:
@@ -481,6 +482,9 @@ class TestImage:
         sent = {file for file in files if sent_to_builder(file)}
         assert {f"{path.name}/py.typed" for path in packages} <= sent
         assert not {file for file in sent if not (image.site / file).is_file()}
+
+    def test_the_live_page_s_library_is_in_it(self, image: Image) -> None:
+        assert "bokeh" not in image.absent
 
     def test_the_entry_point_is_installed(self, image: Image) -> None:
         [scripts] = image.site.glob("*.dist-info/entry_points.txt")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from service import owners
 from service.errors import Refused
+from service.schemas import Page
 from service.transport.contract import Described
 from tests.served import until
 from tests.service.conftest import PARTITIONS, Running, StubGroup, history, record, time_at
@@ -523,7 +524,8 @@ def test_merged_pages_hold_every_stream_once_though_some_end_meanwhile(
 
     seen, after = [], ""
     while True:
-        merged = owners.merge([page(ids, after) for ids in held], limit)
+        asked = Page(limit=limit, after=after, q="", stream=None, order="id")
+        merged = owners.merge([page(ids, after) for ids in held], asked)
         assert len(merged["streams"]) <= limit
         seen += [stream["stream"] for stream in merged["streams"]]
         if merged["next"] is None:
