@@ -227,6 +227,8 @@ def _add_errors(app: FastAPI, worker: Pulse) -> None:
         if status == 404 and worker.unready:
             status, detail = 503, f"{detail}, but this worker is not ready: {worker.unready}"
         headers, body = problem(status, detail, retry_after_s=error.retry_after_s)
+        if status == 503:
+            headers["connection"] = "close"  # its place is free at once, and a balancer may try another worker
         return Response(body, status, headers)
 
 

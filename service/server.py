@@ -6,6 +6,7 @@ import array
 import asyncio
 import errno
 import logging
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS_MAX = 1_000
+CONNECTIONS_MAX = 4_000
 """Connections beyond this are answered 503 by uvicorn itself, in plain text."""
+FILES = 2 * CONNECTIONS_MAX
+"""Open at a time: connections must never be so many that none is left for Kafka."""
 KEEP_ALIVE_S = 30
 HEAD_S = 15.0
 """Time in which a connection must have brought a request's headers."""
@@ -40,6 +43,7 @@ class HttpServer:
     """
 
     def __init__(self, settings: Settings) -> None:
+        _allow_files(FILES)
         self._socket = listen(settings.http_host, settings.http_port)
         self.url = url_of(self._socket)
         self._server: _Server | None = None
@@ -82,6 +86,14 @@ class HttpServer:
             if self._thread.is_alive():
                 log.warning("the HTTP server did not stop in time; it ends with the process")
         self._socket.close()
+
+
+def _allow_files(count: int) -> None:
+    """Often 1,024 are allowed, and far more to who asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

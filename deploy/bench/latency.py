@@ -1,17 +1,20 @@
 """From an observation's sending to its forecast being readable (read_committed), at given rates, beside bare clients
-with the same rhythm of flushes. All are processes, and all meet the same traffic.
+with the same rhythm of flushes. All are processes, and all meet the same traffic. And the same while many read the
+worker's events who hardly read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import product
 
 from deploy.bench import against, bare
 from deploy.bench.figures import BenchError, Probe, Role, Sample
 from deploy.bench.load import GUARANTEES, Bench, create_topics, forecast_values, make_records, transports
-from deploy.bench.programs import environment, running, serve
+from deploy.bench.programs import Program, environment, running, serve
+from deploy.bench.readers import READERS, slow_readers
 from deploy.bench.traffic import Latencies, traffic_of
 from service.settings import Settings
 
@@ -29,7 +32,9 @@ def probes(bench: Bench) -> Iterator[Probe]:
         alone = partial(bare.command, client, value=value)
         yield Probe(limit, partial(_measure, bench, limit, alone, settings, "limit", ""))
         name = f"{told}: carousel"
-        yield Probe(name, partial(_measure, bench, name, serve, settings, "carousel", limit))
+        yield Probe(name, partial(_measure, bench, name, _serve, settings, "carousel", limit))
+        crowded = f"{name}, {READERS:,} slow readers of its events"
+        yield Probe(crowded, partial(_measure, bench, crowded, _serve, settings, "carousel", name, _crowd))
     for command in bench.config.against:
         yield Probe(command, partial(_rival, bench, command, f"{transports(bench.config)[0]}, exactly once: carousel"))
 
@@ -40,6 +45,18 @@ def _rival(bench: Bench, command: str, beside: str) -> Iterator[Sample]:
         yield from _measure(bench, command, partial(_as_given, command), bench.settings, "rival", beside)
     except BenchError as error:
         yield Sample(f"{command}, at most", 0.0, "records/s", "rival", note=" ".join(str(error).split()))
+
+
+def _serve(settings: Settings) -> list[str]:
+    return serve(settings.model_copy(update={"log_level": "info"}))  # by which it tells its URL
+
+
+def _crowd(program: Program) -> AbstractContextManager[None]:
+    return slow_readers(program.wait_for_url())
+
+
+def _nobody(_: Program) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _as_given(command: str, _: Settings) -> list[str]:
@@ -53,6 +70,7 @@ def _measure(
     new_settings: Callable[[], Settings],
     role: Role,
     limit: str,
+    company: Callable[[Program], AbstractContextManager[None]] = _nobody,
 ) -> Iterator[Sample]:
     settings = new_settings()
     create_topics(settings)
@@ -60,8 +78,10 @@ def _measure(
     with (
         running(name, command(settings), bench.directory / "latency.log", environment(settings)) as program,
         traffic_of(settings, streams, program.check, linger_ms=0) as traffic,  # each observation a source of its own
+        ExitStack() as stack,
     ):
         traffic.warm_up()
+        stack.enter_context(company(program))
         most = traffic.burst(streams * bench.steps())
         yield Sample(f"{name}, at most", most, "records/s", role, limit and f"{limit}, at most")
         for rate in config.rates:
