@@ -43,7 +43,7 @@ class HttpServer:
     """
 
     def __init__(self, settings: Settings) -> None:
-        _allow_files(FILES)
+        allow_files(FILES)
         self._socket = listen(settings.http_host, settings.http_port)
         self.url = url_of(self._socket)
         self._server: _Server | None = None
@@ -88,8 +88,8 @@ class HttpServer:
         self._socket.close()
 
 
-def _allow_files(count: int) -> None:
-    """Often 1,024 are allowed, and far more to who asks."""
+def allow_files(count: int) -> None:
+    """Let this process open so many files, or all that it may: often it is 1,024, and far more to who asks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

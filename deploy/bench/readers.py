@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from deploy.bench.figures import BenchError
+from service.server import allow_files
 
 READERS = 1_000
 EVERY_S = 1.0
@@ -22,6 +23,7 @@ def slow_readers(url: str, count: int = READERS) -> Iterator[None]:
 
     Raises BenchError where they cannot come.
     """
+    allow_files(2 * count)
     parts = urlsplit(url)
     ended, opened = threading.Event(), threading.Barrier(2)
 
