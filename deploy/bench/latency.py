@@ -33,7 +33,7 @@ def probes(bench: Bench) -> Iterator[Probe]:
         yield Probe(limit, partial(_measure, bench, limit, alone, settings, "limit", ""))
         name = f"{told}: carousel"
         yield Probe(name, partial(_measure, bench, name, _serve, settings, "carousel", limit))
-        crowded = f"{name}, {READERS:,} slow readers of its events"
+        crowded = f"{told}: with {READERS:,} slow readers of its events"
         yield Probe(crowded, partial(_measure, bench, crowded, _serve, settings, "carousel", name, _crowd))
     for command in bench.config.against:
         yield Probe(command, partial(_rival, bench, command, f"{transports(bench.config)[0]}, exactly once: carousel"))

@@ -91,7 +91,7 @@ def test_latency_is_measured_of_all_alike(
     monkeypatch.setattr(latency, "GUARANTEES", ("exactly_once",))
     command = rival(tmp_path, ECHO)
     figures = run(tiny(bootstrap_servers, "latency", rates=(40.0,), against=(command,)), quiet())
-    for who in ("exactly once: the client alone", "exactly once: carousel", command):
+    for who in ("exactly once: the client alone", "exactly once: carousel", "exactly once: with 1,000", command):
         (most,) = named(figures, who, "at most")
         p50, p99, longest = (named(figures, who, "at 40/s", q)[0].value for q in ("p50", "p99", "max"))
         assert most.value > 0
