@@ -18,6 +18,10 @@ READERS_MAX = 64
 QUEUE_MAX = 512
 """Events that wait for a reader; more push out the oldest."""
 
+AT_ONCE = 32
+"""Events that are written together; so many more may be on their way to a reader who does not read."""
+SILENCE_S = 15.0
+
 Event = tuple[int, bytes]
 """A forecast record's JSON and its number. Each reader's count from 1; a gap tells how many were dropped."""
 
@@ -52,12 +56,17 @@ class Subscription:
         with suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._woken.set)
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncIterator[Sequence[Event]]:
+        """Some events at a time; none where there were none for SILENCE_S."""
         while not self._ended:
-            await self._woken.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SILENCE_S):
+                    await self._woken.wait()
             self._woken.clear()
+            if not self._queue:
+                yield ()
             while self._queue and not self._ended:
-                yield self._queue.popleft()
+                yield [self._queue.popleft() for _ in range(min(len(self._queue), AT_ONCE))]
 
 
 class EventHub:

@@ -5,8 +5,10 @@ worker's events who hardly read.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import product
 
@@ -14,10 +16,11 @@ from deploy.bench import against, bare
 from deploy.bench.figures import BenchError, Probe, Role, Sample
 from deploy.bench.load import GUARANTEES, Bench, create_topics, forecast_values, make_records, transports
 from deploy.bench.programs import Program, environment, running, serve
-from deploy.bench.readers import READERS, slow_readers
+from deploy.bench.readers import READERS, READY
 from deploy.bench.traffic import Latencies, traffic_of
 from service.settings import Settings
 
+READERS_S = 30.0
 QUANTILES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
 
 
@@ -34,7 +37,9 @@ def probes(bench: Bench) -> Iterator[Probe]:
         name = f"{told}: carousel"
         yield Probe(name, partial(_measure, bench, name, _serve, settings, "carousel", limit))
         crowded = f"{told}: with {READERS:,} slow readers of its events"
-        yield Probe(crowded, partial(_measure, bench, crowded, _serve, settings, "carousel", name, _crowd))
+        yield Probe(
+            crowded, partial(_measure, bench, crowded, _serve, settings, "carousel", name, partial(_crowd, bench))
+        )
     for command in bench.config.against:
         yield Probe(command, partial(_rival, bench, command, f"{transports(bench.config)[0]}, exactly once: carousel"))
 
@@ -51,8 +56,18 @@ def _serve(settings: Settings) -> list[str]:
     return serve(settings.model_copy(update={"log_level": "info"}))  # by which it tells its URL
 
 
-def _crowd(program: Program) -> AbstractContextManager[None]:
-    return slow_readers(program.wait_for_url())
+@contextmanager
+def _crowd(bench: Bench, program: Program) -> Iterator[None]:
+    """A thousand readers; most of them are refused, and go."""
+    command = [sys.executable, "-m", "deploy.bench.readers", program.wait_for_url()]
+    with running("slow readers", command, bench.directory / "readers.log") as readers:
+        until_s = time.monotonic() + READERS_S
+        while READY not in readers.said:
+            readers.check()
+            if time.monotonic() > until_s:
+                raise BenchError(f"{READERS:,} readers of events could not be opened within {READERS_S:g} s")
+            time.sleep(0.05)
+        yield
 
 
 def _nobody(_: Program) -> AbstractContextManager[None]:

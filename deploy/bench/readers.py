@@ -1,58 +1,53 @@
-"""A thousand readers of a worker's events who hardly read."""
+"""Readers of a worker's events who hardly read: a byte a second each. A process, lest they keep the bench busy.
+
+    python -m deploy.bench.readers http://127.0.0.1:8000 --readers 1000
+
+It says so once all have asked.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from urllib.parse import urlsplit
 
-from deploy.bench.figures import BenchError
 from service.server import allow_files
 
 READERS = 1_000
+READY = "all have asked"
 EVERY_S = 1.0
-OPEN_S = 30.0
 
 
-@contextmanager
-def slow_readers(url: str, count: int = READERS) -> Iterator[None]:
-    """As many readers of `/v1/events`, each of whom reads a byte a second, until the end of the block; whoever is
-    refused comes again.
+async def read(host: str, port: int, asked: asyncio.Semaphore) -> None:
+    """One reader, who goes when it is refused."""
+    reader, writer = await asyncio.open_connection(host, port, limit=1)
+    writer.write(b"GET /v1/events HTTP/1.1\r\nHost: bench\r\n\r\n")
+    asked.release()
+    with suppress(OSError):
+        if (await reader.readexactly(12)).endswith(b"200"):
+            while await reader.read(1):
+                await asyncio.sleep(EVERY_S)
+    writer.transport.abort()
 
-    Raises BenchError where they cannot come.
-    """
-    allow_files(2 * count)
-    parts = urlsplit(url)
-    ended, opened = threading.Event(), threading.Barrier(2)
 
-    async def read(asked: asyncio.Semaphore) -> None:
-        while not ended.is_set():
-            with suppress(OSError):
-                reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1)
-                writer.write(b"GET /v1/events HTTP/1.1\r\nHost: bench\r\n\r\n")
-                asked.release()
-                while not ended.is_set() and await reader.read(1):
-                    await asyncio.sleep(EVERY_S)
-                writer.transport.abort()
-            await asyncio.sleep(EVERY_S)
+async def read_all(url: str, readers: int) -> None:
+    parts, asked = urlsplit(url), asyncio.Semaphore(0)
+    reading = [asyncio.create_task(read(parts.hostname or "", parts.port or 80, asked)) for _ in range(readers)]
+    for _ in reading:
+        await asked.acquire()
+    print(READY, flush=True)  # noqa: T201
+    await asyncio.gather(*reading)
 
-    async def read_all() -> None:
-        asked = asyncio.Semaphore(0)
-        reading = [asyncio.create_task(read(asked)) for _ in range(count)]
-        for _ in range(count):
-            await asked.acquire()
-        opened.wait()
-        await asyncio.gather(*reading)
 
-    thread = threading.Thread(target=asyncio.run, args=(read_all(),), name="readers", daemon=True)
-    thread.start()
-    try:
-        opened.wait(OPEN_S)
-        yield
-    except threading.BrokenBarrierError as error:
-        raise BenchError(f"{count} readers of {url}/v1/events could not be opened within {OPEN_S:g} s") from error
-    finally:
-        ended.set()
-        thread.join()
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("--readers", type=int, default=READERS)
+    given = parser.parse_args()
+    allow_files(2 * given.readers)
+    asyncio.run(read_all(given.url, given.readers))
+
+
+if __name__ == "__main__":
+    main()

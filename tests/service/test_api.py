@@ -727,7 +727,7 @@ class TestEvents:
         wait_for_readers(api, 0)
 
     def test_a_comment_comes_when_nothing_else_does(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fastapi.routing._PING_INTERVAL", 0.1)
+        monkeypatch.setattr("service.events.SILENCE_S", 0.1)
         api = start()
         with api.client.stream("GET", "/v1/events") as answer:
             assert next(answer.iter_lines()).startswith(":")
