@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,14 +265,25 @@ def test_it_goes_on_when_the_service_was_away(served: Served, open_page: Callabl
 
 
 @pytest.fixture(scope="module")
-def sample(bootstrap_servers: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, list[Observed]]]:
+def sample(
+    request: pytest.FixtureRequest, bootstrap_servers: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Served, list[Observed]]]:
     """A service that has heard the last weeks of the sample but for their end, which is handed over."""
-    directory = tmp_path_factory.mktemp("sample")
-    bundle = bundle_directory() if SHOTS else random_bundle(directory / "bundle")
     series = read_table(SAMPLE)
-    with serving(bundle, bootstrap_servers, directory, compiled=bool(SHOTS)) as served:
+    ids = {each.unique_id for each in series}
+    with ExitStack() as stack:
+        if SHOTS:
+            directory = tmp_path_factory.mktemp("sample")
+            served = stack.enter_context(serving(bundle_directory(), bootstrap_servers, directory, compiled=True))
+        else:
+            served = request.getfixturevalue("served")
         play(served, [rows(each, slice(-HELD_BACK, -LIVE)) for each in series])
-        served.read(served.forecasts, len(series) * (HELD_BACK - LIVE))
+
+        def heard() -> int:
+            listed = served.get("/v1/streams?limit=1000")["streams"]
+            return sum(each["count"] for each in listed if each["stream"] in ids)
+
+        until("the sample", lambda: heard() == len(series) * (HELD_BACK - LIVE))
         yield served, [rows(each, slice(-LIVE, None)) for each in series]
 
 
