@@ -13,6 +13,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
+from itertools import count, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -274,6 +275,22 @@ def test_intervals_that_hold_nothing_raise_their_alert(bootstrap_servers: str, t
             told = firing_on(prometheus)["CarouselCoverageOff"]
             assert re.match("[01](\\.[0-9]+)?% of the truths .* level 0.8, [12] steps ahead", told)
             assert served.get("/v1/streams/s0")["scores"]["total"]["coverage"] < 0.1, "the worker says the same"
+
+
+def test_more_than_a_worker_can_follow_raises_its_alert(bootstrap_servers: str, tmp_path: Path) -> None:
+    """A worker that takes one stream at a time, and producers who do not wait for it."""
+    slow = {"max_wave_rows": 1, "max_poll_records": 50}
+    with serving(random_bundle(tmp_path / "model"), bootstrap_servers, tmp_path, **slow) as served:
+        at, hours = served.url.removeprefix("http://"), count()
+        with watching(at, tmp_path, {}, at_once) as (prometheus, log):
+            until("a scrape", lambda: answered_by(prometheus, "carousel_consumer_lag_records == 0"), log=log)
+
+            def told_as_more_comes() -> str:
+                steps = [observation(hour, 1.0) for hour in islice(hours, 10)]
+                served.produce([(b"s%d" % n, value) for value in steps for n in range(300)])
+                return firing_on(prometheus).get("CarouselLagGrows", "")
+
+            assert until("lag to be told", told_as_more_comes, log=log).endswith("for its turn, and ever longer.")
 
 
 def firing_on(prometheus: str) -> dict[str, str]:
