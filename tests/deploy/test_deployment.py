@@ -692,7 +692,7 @@ class Running:
             self.send("late", STREAMS[0], {"ts": self.ts(-1), "value": 1.0})
         if self.hour % 2:
             self.send("observed", "sometimes away", {"ts": self.ts(), "value": 1.0})
-        self.send("observed", "often away for long", {"ts": self.ts(self.hour * 1000), "value": 1.0})
+        self.send("observed", "often away for long", {"ts": self.ts(self.hour * 300), "value": 1.0})
         self.send("observed", "short", {"ts": self.ts(), "value": 1.0})
         self.send("ended", "short", None)
         for reason, value in GARBAGE.items():
