@@ -17,7 +17,6 @@ from service.records import Outgoing
 READERS_MAX = 64
 QUEUE_MAX = 512
 """Events that wait for a reader; more push out the oldest."""
-
 AT_ONCE = 32
 """Events that are written together; so many more may be on their way to a reader who does not read."""
 SILENCE_S = 15.0
@@ -59,12 +58,12 @@ class Subscription:
     async def __aiter__(self) -> AsyncIterator[Sequence[Event]]:
         """Some events at a time; none where there were none for SILENCE_S."""
         while not self._ended:
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(SILENCE_S):
                     await self._woken.wait()
-            self._woken.clear()
-            if not self._queue:
+            except TimeoutError:
                 yield ()
+            self._woken.clear()
             while self._queue and not self._ended:
                 yield [self._queue.popleft() for _ in range(min(len(self._queue), AT_ONCE))]
 
