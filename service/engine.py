@@ -226,15 +226,14 @@ class Engine:
 
     def watch(self, partitions: frozenset[int]) -> None:
         """Tell of the watched streams of these partitions what was last observed, and what had been forecast for it."""
-        told, keys = {}, [quantile_key(quantile) for quantile in self.history.quantiles]
+        if not self.settings.watched_streams:
+            return
+        told = {}
         for stream in self.settings.watched_streams:
             if key := self.arena.last_heard(stream, partitions):
                 row = self.arena.streams(key.partition)[stream]
                 value, forecast = self.history.last(self.arena.tensors, row)
-                told[stream] = (
-                    value,
-                    dict(zip(keys, forecast.tolist(), strict=True)),
-                )
+                told[stream] = value, dict(zip(self.history.keys, forecast.tolist(), strict=True))
         self.metrics.watched.told = told
 
     def rollback(self) -> None:

@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.grid import Int64s
 from model.scoring import middle
 from model.state import Rows, TensorSpec
+from service.forecasts import quantile_key
 from service.grid import NO_SLOT
 from service.waves import turns
 
@@ -26,7 +27,7 @@ class History:
     def __init__(self, config: ModelConfig, steps: int) -> None:
         self.steps = steps
         self.kept = sorted({0, middle(config), len(config.quantiles) - 1})
-        self.quantiles = [config.quantiles[k] for k in self.kept]
+        self.keys = [quantile_key(config.quantiles[k]) for k in self.kept]
         self.schema = (
             TensorSpec("history_ts_ms", (steps,), torch.int64, NO_SLOT),
             TensorSpec("history_value", (steps,), torch.float64, torch.nan),

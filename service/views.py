@@ -16,7 +16,6 @@ from model.state import Rows
 from service.arena import StreamKey
 from service.engine import Engine
 from service.errors import Refused
-from service.forecasts import quantile_key
 
 Fields = dict[str, Any]
 Content = Fields | list[Fields]
@@ -121,7 +120,7 @@ def inside(config: ModelConfig, key: StreamKey, state: Rows) -> Fields:
 
 def history(engine: Engine, key: StreamKey, state: Rows) -> Fields:
     """The recent observations, oldest first, each beside what had been forecast for it."""
-    quantiles = [quantile_key(quantile) for quantile in engine.history.quantiles]
+    quantiles = engine.history.keys
     names = ("ts_ms", "value", "forecast", "anomaly")
     ts_ms, values, forecasts, anomaly = (state[f"history_{name}"][0].numpy() for name in names)
     return {

@@ -82,7 +82,7 @@ def _measure(bench: Bench, point: Point) -> Iterator[Sample]:
     shape = {"model": bench.made(name, **point.shape)} if point.shape else {}
     settings = bench.settings(partitions=point.partitions, transport=transports(bench.config)[0], **shape)
     create_topics(settings)
-    told = serve(settings.model_copy(update={"log_level": "info"}))
+    told = serve(settings)
     with ExitStack() as stack:
         workers = [
             stack.enter_context(running(f"worker {n}", told, bench.directory / f"w{n}.log", environment(settings)))

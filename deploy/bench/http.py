@@ -58,7 +58,7 @@ def _measure(bench: Bench) -> Iterator[Sample]:
     bodies.write_text("".join(json.dumps({"stream": f"s{n}"}) + "\n" for n in range(streams)))
     with ExitStack() as stack:
         log = bench.directory / "http.log"
-        told = serve(settings.model_copy(update={"log_level": "info"}))
+        told = serve(settings)
         worker = stack.enter_context(running("carousel serve", told, log, environment(settings)))
         url = worker.wait_for_url()
         traffic = stack.enter_context(traffic_of(settings, streams, worker.check))

@@ -6,9 +6,8 @@ worker's events who hardly read.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import product
 
@@ -35,10 +34,10 @@ def probes(bench: Bench) -> Iterator[Probe]:
         alone = partial(bare.command, client, value=value)
         yield Probe(limit, partial(_measure, bench, limit, alone, settings, "limit", ""))
         name = f"{told}: carousel"
-        yield Probe(name, partial(_measure, bench, name, _serve, settings, "carousel", limit))
+        yield Probe(name, partial(_measure, bench, name, serve, settings, "carousel", limit))
         crowded = f"{told}: with {READERS:,} slow readers of its events"
         yield Probe(
-            crowded, partial(_measure, bench, crowded, _serve, settings, "carousel", name, partial(_crowd, bench))
+            crowded, partial(_measure, bench, crowded, serve, settings, "carousel", name, partial(_crowd, bench))
         )
     for command in bench.config.against:
         yield Probe(command, partial(_rival, bench, command, f"{transports(bench.config)[0]}, exactly once: carousel"))
@@ -52,21 +51,12 @@ def _rival(bench: Bench, command: str, beside: str) -> Iterator[Sample]:
         yield Sample(f"{command}, at most", 0.0, "records/s", "rival", note=" ".join(str(error).split()))
 
 
-def _serve(settings: Settings) -> list[str]:
-    return serve(settings.model_copy(update={"log_level": "info"}))  # by which it tells its URL
-
-
 @contextmanager
 def _crowd(bench: Bench, program: Program) -> Iterator[None]:
     """A thousand readers; most of them are refused, and go."""
     command = [sys.executable, "-m", "deploy.bench.readers", program.wait_for_url()]
     with running("slow readers", command, bench.directory / "readers.log") as readers:
-        until_s = time.monotonic() + READERS_S
-        while READY not in readers.said:
-            readers.check()
-            if time.monotonic() > until_s:
-                raise BenchError(f"{READERS:,} readers of events could not be opened within {READERS_S:g} s")
-            time.sleep(0.05)
+        readers.wait_for(f"open {READERS:,} of them", lambda said: READY in said, READERS_S)
         yield
 
 
@@ -93,15 +83,14 @@ def _measure(
     with (
         running(name, command(settings), bench.directory / "latency.log", environment(settings)) as program,
         traffic_of(settings, streams, program.check, linger_ms=0) as traffic,  # each observation a source of its own
-        ExitStack() as stack,
     ):
         traffic.warm_up()
-        stack.enter_context(company(program))
-        most = traffic.burst(streams * bench.steps())
-        yield Sample(f"{name}, at most", most, "records/s", role, limit and f"{limit}, at most")
-        for rate in config.rates:
-            yield from samples(traffic.paced(rate, config.seconds), name, f"{rate:,.0f}/s", role, limit)
-            traffic.settle()
+        with company(program):
+            most = traffic.burst(streams * bench.steps())
+            yield Sample(f"{name}, at most", most, "records/s", role, limit and f"{limit}, at most")
+            for rate in config.rates:
+                yield from samples(traffic.paced(rate, config.seconds), name, f"{rate:,.0f}/s", role, limit)
+                traffic.settle()
 
 
 def samples(latencies: Latencies, name: str, told: str, role: Role, limit: str) -> Iterator[Sample]:

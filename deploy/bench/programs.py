@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from deploy import workers
 from deploy.bench.figures import BenchError
@@ -24,6 +25,8 @@ READY_S = 60.0
 LAST_LINES = 5
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,17 @@ class Program:
 
     def wait_for_url(self) -> str:
         """The URL that it tells."""
-        until_s = time.monotonic() + READY_S
+        return self.wait_for("tell its URL", workers.url)
+
+    def wait_for(self, what: str, find: Callable[[str], T], limit_s: float = READY_S) -> T:
+        """The first truth that `find` finds in its log; after `limit_s` raises BenchError with what it did not do."""
+        until_s = time.monotonic() + limit_s
         while time.monotonic() < until_s:
             self.check()
-            if told := workers.url(self.said):
+            if told := find(self.said):
                 return told
             time.sleep(0.05)
-        raise BenchError(f"{self.name} did not tell its URL within {READY_S:g} s; its log: {self.said[-500:]}")
+        raise BenchError(f"{self.name} did not {what} within {limit_s:g} s; its log: {self.said[-500:]}")
 
     def usage(self) -> Usage:
         return usage(self.process.pid)
@@ -128,5 +135,5 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def serve(settings: Settings) -> list[str]:
-    """The command of a worker with these settings."""
-    return workers.command(flags_of(settings))
+    """The command of a worker with these settings, which says enough for its URL to be found."""
+    return workers.command({**flags_of(settings), "log_level": "info"})

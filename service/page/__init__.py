@@ -21,8 +21,7 @@ from service.engine import Engine
 from service.errors import Refused
 from service.events import EventHub
 from service.metrics import Metrics
-from service.owners import PARTITION_HEADER, PARTITION_PATTERN, Owners
-from service.page.data import Pulse
+from service.owners import PARTITION_HEADER, PARTITION_PATTERN, Owners, Pulse
 from service.page.live import Asked, LivePage, Told, classifier_page
 from service.page.statics import Static, statics
 from service.predict import Predictor

@@ -21,6 +21,7 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from model.config import ModelConfig
+from model.scoring import middle
 from service.page.data import COLUMNS, SIGNED, maps_of, quantile_columns
 
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
@@ -86,17 +87,13 @@ def _forecast(config: ModelConfig, colours: Colours) -> Any:
     for low, high in zip(quantiles, reversed(quantiles), strict=True):
         if low < high:
             chart.varea("time", low, high, source=fan, fill_color=colours.accent, fill_alpha=0.14)
-    chart.line("time", quantiles[_middle(config.quantiles)], source=fan, line_color=colours.accent, line_width=2)
+    chart.line("time", quantiles[middle(config)], source=fan, line_color=colours.accent, line_width=2)
     observed = chart.line("time", "value", source=past, line_color=colours.ink, line_width=1.8, line_join="round")
     chart.scatter("time", "value", source=odd, size=12, fill_color=None, line_color=colours.odd, line_width=2)
     chart.scatter("time", "value", source=now, size=7, fill_color=colours.ink, line_color=None)
     chart.add_tools(_hover(observed, clock))
     _quiet_axes(chart, colours, clock)
     return chart
-
-
-def _middle(quantiles: Sequence[float]) -> int:
-    return min(range(len(quantiles)), key=lambda k: abs(quantiles[k] - 0.5))
 
 
 def _hover(renderer: Any, clock: bool) -> HoverTool:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from model.grid import Int64s
 from service import views
 from service.engine import Engine
 from service.metrics import BatchHistogram, Metrics
+from service.owners import Pulse
 from service.predict import Predictor, arrays_of
 from service.views import Fields, Partitions
 
@@ -55,13 +56,6 @@ MAP_SAYS = {
 """Of each cell the heat maps: symbol, name, and what one sees there."""
 
 
-class Pulse(Protocol):
-    """What is asked of the worker."""
-
-    @property
-    def unready(self) -> str: ...
-
-
 def maps_of(cell: str) -> Sequence[str]:
     """The names of a cell's heat maps."""
     return list(MAP_SAYS[cell])
@@ -95,10 +89,11 @@ def columns_of(seen: Fields, config: ModelConfig) -> dict[str, dict[str, list[An
     observations, forecast = seen["observations"], seen["forecast"]
     clock = config.grid is not None
     times = [each["ts"] for each in observations] if clock else list(range(1 - len(observations), 1))
+    gaps = _gaps(config, times)
     past: dict[str, list[Any]] = {name: [] for name in ("time", "value", "low", "middle", "high")}
-    for before, at, each in zip([None, *times], times, observations, strict=False):
-        if before is not None and _gap(config, before, at):
-            _append(past, time=(before + at) // 2)
+    for n, (at, each) in enumerate(zip(times, observations, strict=True)):
+        if n in gaps:
+            _append(past, time=(times[n - 1] + at) // 2)
         kept = list((each["forecast"] or {}).values())
         quantiles = {"low": kept[0], "middle": kept[len(kept) // 2], "high": kept[-1]} if kept else {}
         _append(past, time=at, value=each["value"], **quantiles)
@@ -116,12 +111,12 @@ def columns_of(seen: Fields, config: ModelConfig) -> dict[str, dict[str, list[An
     }
 
 
-def _gap(config: ModelConfig, before_ms: int, at_ms: int) -> bool:
-    """Whether steps are missing between two observations."""
+def _gaps(config: ModelConfig, times_ms: Sequence[int]) -> set[int]:
+    """The places of the observations before which steps are missing."""
     if config.grid is None:
-        return False
-    slots: Int64s = config.grid.slot_of(np.array([before_ms, at_ms]))
-    return bool(slots[1] - slots[0] > 1)
+        return set()
+    slots: Int64s = config.grid.slot_of(np.array(times_ms, dtype=np.int64))
+    return set((1 + np.flatnonzero(np.diff(slots) > 1)).tolist())
 
 
 def _append(columns: dict[str, list[Any]], **values: Any) -> None:

@@ -17,9 +17,9 @@ from service.classify import Judge
 from service.engine import Engine
 from service.errors import Refused
 from service.metrics import Metrics
-from service.owners import Answer, Owners, Question
+from service.owners import Answer, Owners, Pulse, Question
 from service.page import data
-from service.page.data import Pulse, Vitals
+from service.page.data import Vitals
 from service.page.statics import HERE, Static, url_of
 from service.predict import Predictor
 from service.records import STREAM_ID_MAX

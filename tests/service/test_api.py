@@ -533,7 +533,7 @@ class TestBadInput:
     def test_row_14_a_fault_inside(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
         api = start()
         api.feed([record("a", time_at(0), 1.0)])
-        api.engine.history.quantiles = []  # so that /history cannot pair them with what was forecast
+        api.engine.history.keys = []  # so that /history cannot pair them with what was forecast
         api.feed([record("a", time_at(1), 1.0)])
         answer = api.client.get("/v1/streams/a/history")
         detail = problem_of(answer, 500)["detail"]
