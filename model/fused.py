@@ -4,19 +4,18 @@
 each stage is some torch operations over the whole wave, most of whose time goes into carrying small numbers to and from
 memory. Here a wave goes through in pieces small enough for the processor's cache, each in turns of
 
-    kernels.perceive    the new value joins what is known; features; the operands of the products
-    torch.mm            a layer's sums
-    kernels.lstm        its gates, C and h; and so on for each layer
-    torch.mm            head, shortcut, regression
-    kernels.follow      quantiles, blend, waiting lines, calibration, scores, anomaly; the forecast as issued
+    perceive    the new value joins what is known; features; the operands of the products
+    multiply    a layer's sums
+    lstm        its gates, C and h; and so on for each layer
+    multiply    head, shortcut, regression
+    follow      quantiles, blend, waiting lines, calibration, scores, anomaly; the forecast as issued
 
-with loops that numba compiles and every buffer kept. It needs numba, the extra `fast`; nothing else of ours does.
+with loops that numba compiles and every buffer kept: one call for a wave, which leaves Python to other threads until
+its end. It needs numba, the extra `fast`; nothing else of ours does.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +32,6 @@ from model.state import Schema
 
 PIECE_ROWS = 128
 """Rows that go through at once. Their states and all operands are some MB."""
-
-CELLS = {"lstm": kernels.lstm, "gru": kernels.gru, "rnn": kernels.rnn}
 
 
 @dataclass(frozen=True)
@@ -53,21 +50,6 @@ class Stepped:
     opened: Tensor
 
 
-@dataclass(frozen=True)
-class Product:
-    """left @ right -> out, of the first rows of buffers."""
-
-    left: Tensor
-    right: Tensor
-    out: Tensor
-
-    def of(self, rows: int) -> Product:
-        return dataclasses.replace(self, left=self.left[:rows], out=self.out[:rows])
-
-    def __call__(self) -> None:
-        torch.mm(self.left, self.right, out=self.out)
-
-
 class FusedStep:
     """`Follower.advance` for one step, in place on rows of a block of a schema that contains the follower's.
 
@@ -84,42 +66,37 @@ class FusedStep:
         forecaster, config = follower.forecaster, follower.config
         blends, learns = bool(self._model["blends"][0]), bool(self._model["blends"][0] and config.rank)
 
-        # The buffers of a piece, and the products of them.
+        # The buffers of a piece, and the matrices that they are multiplied by.
         hidden, inputs, count = config.hidden_size, forecaster.features.inputs, len(config.quantiles)
         layers = [_layer(forecaster.recurrence, config.cell, number) for number in range(config.layers)]
-        first = torch.empty(PIECE_ROWS, inputs + hidden)
-        upper = torch.empty(config.layers, PIECE_ROWS, 2 * hidden)
-        top = torch.empty(PIECE_ROWS, hidden)
-        sums = torch.empty(PIECE_ROWS, layers[0][0].shape[1])
-        looks = torch.empty(PIECE_ROWS, config.context + config.horizon)
-        raw, location = torch.empty(PIECE_ROWS, count * config.horizon), torch.empty(PIECE_ROWS, config.horizon)
-        maps = forecaster.regression.maps.flatten(1)
-        lags = forecaster.regression.lags
-        regressors = torch.empty((1 + learns) * PIECE_ROWS if blends else 0, lags)
-        parts = torch.empty(len(regressors), maps.shape[1])
-        self._recurrent = [
-            Product(upper[number] if number else first, weights, sums) for number, (weights, _) in enumerate(layers)
-        ]
+        gates = layers[0][0].shape[1]
+        maps, lags = forecaster.regression.maps.flatten(1), forecaster.regression.lags
+        regressed = PIECE_ROWS * (1 + learns) if blends else 0
+        standard = torch.stack((forecaster.features.covariate_mean, forecaster.features.covariate_std))
+        self._begin = (
+            standard.numpy(),
+            torch.stack((forecaster.first_h.flatten(), forecaster.first_c.flatten())).numpy(),
+        )
+        self._seen = (
+            _rows(inputs + hidden),
+            np.zeros((config.layers, PIECE_ROWS, 2 * hidden), np.float32),
+            _rows(config.context + config.horizon),
+            _rows(lags, regressed),
+            np.empty(PIECE_ROWS),
+            np.zeros(6, np.float32),
+        )
         head = forecaster.head.linear  # by quantile, not by horizon
         by_quantile = head.weight.view(config.horizon, count, hidden).transpose(0, 1).flatten(0, 1)
-        self._heads = [
-            Product(top, _kept(by_quantile.T), raw),
-            Product(looks, _kept(forecaster.shortcut.weight.T), location),
-        ]
-        self._regression = Product(regressors, _kept(maps[:lags]), parts) if blends else None
-        self._regressed = 1 + learns
-        self._products: dict[int, list[Product]] = {}
-
-        # What the kernels take, stage by stage.
-        levels = np.empty(PIECE_ROWS)
-        standard = torch.stack((forecaster.features.covariate_mean, forecaster.features.covariate_std))
-        begin = torch.stack((forecaster.first_h.flatten(), forecaster.first_c.flatten()))
-        self._begin = (standard.numpy(), _kept(begin).numpy())
-        self._seen = (first.numpy(), upper.numpy(), looks.numpy(), regressors.numpy(), levels, np.zeros(6, np.float32))
-        self._cell = CELLS[config.cell]
-        outputs = [upper[number].numpy() for number in range(1, config.layers)] + [top.numpy()]
-        self._layers = [(sums.numpy(), bias.numpy(), output) for (_, bias), output in zip(layers, outputs, strict=True)]
-        self._heard = (raw.numpy(), location.numpy(), parts.numpy())
+        upper = [weights for weights, _ in layers[1:]] or [torch.zeros(0, gates)]
+        matrices = (layers[0][0], torch.stack(upper), by_quantile.T, forecaster.shortcut.weight.T, maps[:lags])
+        self._weights = tuple(kernels.panels(matrix.detach().numpy()) for matrix in matrices)
+        self._biases = torch.stack([bias for _, bias in layers]).numpy()
+        self._sums, self._top = _products(gates), _rows(hidden)
+        self._heard = (
+            _products(count * config.horizon),
+            _products(config.horizon),
+            _products(maps.shape[1], regressed),
+        )
         self._head = (
             *(
                 _kept(bias).numpy()
@@ -149,10 +126,10 @@ class FusedStep:
             raise ValueError(f"rows must be of the block's 0 ... {len(memory) - 1}")
         issued, sums, anomalies, opened = self._found
         sums[:] = 0
-        for start in range(0, streams, PIECE_ROWS):
-            part = slice(start, min(start + PIECE_ROWS, streams))
-            piece = [each[part] for each in wave]
-            self._piece(memory, piece, (issued[part], sums, anomalies[part], opened[part]))
+        kernels.step(
+            *(self._at, self._model, memory, wave, self._begin, self._seen, self._weights, self._biases),
+            *(self._sums, self._top, self._heard, self._head, self._lines, self._scratch, self._found),
+        )
         return Stepped(
             torch.from_numpy(issued[:streams]).transpose(1, 2),
             torch.from_numpy(sums),
@@ -165,30 +142,6 @@ class FusedStep:
         block, one = self.schema.block(1), torch.zeros(1, dtype=torch.int64)
         covariates = torch.zeros(1, len(self.config.covariates), dtype=torch.float64)
         self.advance(block, one, torch.zeros(1, dtype=torch.float64), one, covariates)
-
-    def _piece(self, memory: Array, wave: Sequence[Array], found: tuple[Array, ...]) -> None:
-        """The stages, in turn. wave: rows, values, ts_ms and covariates of a piece."""
-        rows, values, ts_ms, covariates = wave
-        at, model = self._at, self._model
-        products = iter(self._products_of(len(rows)))
-        kernels.perceive(at, model, memory, rows, values, ts_ms, covariates, *self._begin, self._seen)
-        for number, (sums, bias, outputs) in enumerate(self._layers):
-            next(products)()
-            self._cell(at, model, memory, rows, number, sums, bias, outputs)
-        for product in products:
-            product()
-        levels = self._seen[4]
-        kernels.follow(
-            at, model, memory, rows, values, ts_ms, levels, self._heard, self._head, self._lines, self._scratch, found
-        )
-
-    def _products_of(self, rows: int) -> list[Product]:
-        if rows not in self._products:
-            products = [product.of(rows) for product in (*self._recurrent, *self._heads)]
-            if self._regression:
-                products.append(self._regression.of(self._regressed * rows))
-            self._products[rows] = products
-        return self._products[rows]
 
     def _check(self, block: Tensor, rows: Tensor, values: Tensor, ts_ms: Tensor, covariates: Tensor) -> None:
         streams = len(rows)
@@ -224,6 +177,7 @@ def _model(follower: Follower) -> Array:
         "count": len(config.quantiles),
         "warmup": config.warmup,
         "yearly": config.yearly,
+        "cell": kernels.CELLS.index(config.cell),
         "hidden": config.hidden_size,
         "layers": config.layers,
         "inputs": forecaster.features.inputs,
@@ -269,6 +223,16 @@ def _model(follower: Follower) -> Array:
 def _kept(weights: Tensor) -> Tensor:
     """A copy, row by row."""
     return weights.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _rows(numbers: int, rows: int = PIECE_ROWS) -> Array:
+    """A buffer of rows of so many numbers."""
+    return np.zeros((rows, numbers), np.float32)
+
+
+def _products(numbers: int, rows: int = PIECE_ROWS) -> Array:
+    """A buffer of rows for what is multiplied by a matrix of so many columns."""
+    return _rows(kernels.padded(numbers), rows)
 
 
 def _layer(recurrence: Recurrence, cell: str, number: int) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,9 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -82,7 +83,7 @@ OFFSETS = np.dtype(
 MODEL = np.dtype(
     [
         *((name, INT) for name in ("past", "season", "context", "horizon", "count", "warmup", "yearly")),
-        *((name, INT) for name in ("hidden", "layers", "inputs", "middle", "low", "high", "calibrates")),
+        *((name, INT) for name in ("cell", "hidden", "layers", "inputs", "middle", "low", "high", "calibrates")),
         *((name, INT) for name in ("blends", "rank", "lags", "phases", "step_ms", "day_ms", "week_shift_ms")),
         *((name, FLOAT) for name in ("memory", "year_ms", "clip", "prior", "floor", "tiny", "share")),
         *((name, FLOAT) for name in ("learning_memory", "learning_prior")),
@@ -91,7 +92,9 @@ MODEL = np.dtype(
     ]
 )
 """The sizes of a model and the constants of its parts. count: of its quantiles; low, middle, high: which of them are
-the tracked ones and the median; blends, calibrates, yearly: 0 or 1."""
+the tracked ones and the median; blends, calibrates, yearly: 0 or 1; cell: its place in CELLS."""
+
+CELLS = ("lstm", "gru", "rnn")
 
 
 # --- Functions of one number, of which the compiler takes eight at once -----------------------------------------------
@@ -218,6 +221,100 @@ def inside(rows: Array, count: Any) -> bool:
     for row in rows:
         outside += not 0 <= row < count
     return outside == 0
+
+
+# --- Matrix products --------------------------------------------------------------------------------------------------
+
+_LANES = 16
+_WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
+TILE_ROWS, _VECTORS = (8, 2) if _WIDE else (4, 1)
+TILE_COLUMNS = _LANES * _VECTORS
+"""What of a product is summed at a time: as much as there are registers for."""
+
+
+def padded(width: int) -> int:
+    """How many columns a product has whose matrix has so many."""
+    return -(-width // TILE_COLUMNS) * TILE_COLUMNS
+
+
+def panels(matrix: Array) -> Array:
+    """A matrix [K, N], or a stack of them, in the order in which `multiply` reads it: panels [N / TILE_COLUMNS, K,
+    TILE_COLUMNS], the last one filled up with zeros.
+    """
+    *stack, depth, width = matrix.shape
+    filled = np.zeros((*stack, depth, padded(width) // TILE_COLUMNS, TILE_COLUMNS), SINGLE)
+    filled.reshape(*stack, depth, padded(width))[..., :width] = matrix
+    return np.ascontiguousarray(filled.swapaxes(-3, -2))
+
+
+def _tiling(_: Any, left: Any, row: Any, panel: Any, out: Any, column: Any) -> Any:
+    """out[row : row + TILE_ROWS, column : column + TILE_COLUMNS] = left[row : row + TILE_ROWS] @ panel. The compiler
+    itself does not find out that all sums may stay in registers.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def array(n: int) -> Any:
+            return context.make_array(signature.args[n])(context, builder, arguments[n])
+
+        index, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), _LANES)
+        none = ir.Constant(vector, ir.Undefined)
+        declared: Any = get_or_insert_function
+        fma = declared(builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_LANES}f32")
+
+        def lines(of: Any) -> list[Any]:
+            """Where the tile's rows begin."""
+            width = builder.extract_value(of.shape, 1)
+            first = builder.mul(arguments[1], width)
+            return [builder.gep(of.data, [builder.add(first, builder.mul(index(r), width))]) for r in range(TILE_ROWS)]
+
+        def vectors(start: Any) -> list[Any]:
+            return [
+                builder.bitcast(builder.gep(start, [index(_LANES * v)]), vector.as_pointer()) for v in range(_VECTORS)
+            ]
+
+        left, panel, out = array(0), array(2), array(3)
+        from_left, to_out, depth = lines(left), lines(out), builder.extract_value(left.shape, 1)
+        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k = builder.phi(index)
+        k.add_incoming(index(0), before)
+        sums = [[builder.phi(vector) for _ in range(_VECTORS)] for _ in range(TILE_ROWS)]
+        places = vectors(builder.gep(panel.data, [builder.mul(k, index(TILE_COLUMNS))]))
+        columns = [builder.load(place, align=4) for place in places]
+        grown = []
+        for r in range(TILE_ROWS):
+            number = builder.load(builder.gep(from_left[r], [k]))
+            one = builder.insert_element(none, number, ir.IntType(32)(0))
+            each = builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(ir.IntType(32), _LANES), None))
+            grown.append([builder.call(fma, [each, columns[v], sums[r][v]]) for v in range(_VECTORS)])
+        following = builder.add(k, index(1))
+        k.add_incoming(following, loop)
+        for r in range(TILE_ROWS):
+            for v in range(_VECTORS):
+                sums[r][v].add_incoming(ir.Constant(vector, None), before)
+                sums[r][v].add_incoming(grown[r][v], loop)
+        builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
+        builder.position_at_end(after)
+        for r in range(TILE_ROWS):
+            for v, place in enumerate(vectors(builder.gep(to_out[r], [arguments[4]]))):
+                builder.store(grown[r][v], place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(left, row, panel, out, column), generate
+
+
+_tile: Any = intrinsic(_tiling)
+
+
+@compiled
+def multiply(left: Array, matrix: Array, out: Array, rows: Any) -> None:
+    """out[:rows] = left[:rows] @ matrix, of float32: left [R, K], matrix as `panels` makes it, out [R,
+    padded(N)]. R is a multiple of TILE_ROWS; rows up to the next such multiple are written.
+    """
+    for panel in range(len(matrix)):
+        for row in range(0, rows, TILE_ROWS):
+            _tile(left, row, matrix[panel], out, panel * TILE_COLUMNS)
 
 
 # --- features.py ------------------------------------------------------------------------------------------------------
@@ -491,18 +588,18 @@ def regress(m: Any, known: Array, ago: Any, scale: Any, regressors: Array) -> No
 
 @compiled
 def complete(m: Any, ts_ms: Any, parts: Array, rest: Array) -> None:
-    """To parts [(1 + r) x H], made of the lags, what the other regressors make: phase, day (if the model has those) and
-    constant, each of which is a row of rest [phases + 7 + 1, (1 + r) x H].
+    """To parts [(1 + r) x H or more], made of the lags, what the other regressors make: phase, day (if the model has
+    those) and constant, each of which is a row of rest [phases + 7 + 1, (1 + r) x H].
     """
     constant = rest[len(rest) - 1]
-    for j in range(len(parts)):
+    for j in range(len(constant)):
         parts[j] += constant[j]
     if m.phases:
         phase = rest[ts_ms // m.step_ms % m.season * m.phases // m.season]
-        for j in range(len(parts)):
+        for j in range(len(phase)):
             parts[j] += phase[j]
         day = rest[m.phases + ts_ms // m.day_ms % 7]
-        for j in range(len(parts)):
+        for j in range(len(day)):
             parts[j] += day[j]
 
 
@@ -821,3 +918,65 @@ def issue(
         mine, factor, values = quantiles[q], factors[1 if q > m.middle else 0], issued[q]
         for h in range(horizon):
             values[h] = base[h] + scale * (center[h] + factor[h] * (mine[h] - center[h]))
+
+
+# --- A step -----------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def step(
+    at: Array,
+    model: Array,
+    block: Array,
+    wave: tuple[Array, ...],
+    begin: tuple[Array, ...],
+    seen: tuple[Array, ...],
+    weights: tuple[Array, ...],
+    biases: Array,
+    sums: Array,
+    top: Array,
+    heard: tuple[Array, ...],
+    head: tuple[Array, ...],
+    lines: tuple[Array, ...],
+    scratch: tuple[Array, ...],
+    found: tuple[Array, ...],
+) -> None:
+    """All stages for all rows of a wave, in pieces of as many rows as the buffers have: `FusedStep.advance`.
+
+    wave: rows, values, ts_ms, covariates. weights, as `panels` makes them: those of the first layer, of the others
+    [layers - 1, ...], head, shortcut, regression. biases [layers, gates x hidden]. sums, top: the buffers of a layer's
+    sums and of the last one's h.
+    """
+    m = model[0]
+    rows, values, ts_ms, covariates = wave
+    standard, initial = begin
+    first, upper, looks, regressors, levels, _ = seen
+    first_weights, upper_weights, head_weights, shortcut, maps = weights
+    raw, location, parts = heard
+    issued, scores, anomaly, opened = found
+    for start in range(0, len(rows), len(levels)):
+        stop = min(start + len(levels), len(rows))
+        piece, size = rows[start:stop], stop - start
+        wanted = values[start:stop], ts_ms[start:stop], covariates[start:stop]
+        perceive(at, model, block, piece, *wanted, standard, initial, seen)
+        for layer in range(m.layers):
+            if layer == 0:
+                multiply(first, first_weights, sums, size)
+            else:
+                multiply(upper[layer], upper_weights[layer - 1], sums, size)
+            h = upper[layer + 1] if layer + 1 < m.layers else top
+            if m.cell == 0:
+                lstm(at, model, block, piece, layer, sums, biases[layer], h)
+            elif m.cell == 1:
+                gru(at, model, block, piece, layer, sums, biases[layer], h)
+            else:
+                rnn(at, model, block, piece, layer, sums, biases[layer], h)
+        multiply(top, head_weights, raw, size)
+        multiply(looks, shortcut, location, size)
+        if m.blends:
+            multiply(regressors, maps, parts, 2 * size if m.rank else size)
+        follow(
+            *(at, model, block, piece, values[start:stop], ts_ms[start:stop], levels),
+            *(heard, head, lines, scratch),
+            (issued[start:stop], scores, anomaly[start:stop], opened[start:stop]),
+        )

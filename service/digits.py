@@ -51,11 +51,13 @@ def write(values: NDArray[np.float64], decimals: Int64s, keys: Sequence[str]) ->
     width = 8 * len(words) + values.shape[1] * values.shape[2] * NUMBER_BYTES + 8
     at_once = min(ROWS_AT_ONCE, len(values))
     text, sizes = np.empty((at_once, width), dtype=np.uint8), np.empty(at_once, dtype=np.int64)
+    flat = text.reshape(-1).data
     for start in range(0, len(values), ROWS_AT_ONCE):
         some = np.ascontiguousarray(values[start : start + ROWS_AT_ONCE])
         _write(some, decimals[start : start + ROWS_AT_ONCE], words, ends, lengths, text, sizes)
-        for row, size in zip(text, sizes[: len(some)].tolist(), strict=False):
-            yield row[2:size].tobytes() if size else None  # without the first "],"
+        for row, size in enumerate(sizes[: len(some)].tolist()):
+            first = row * width
+            yield bytes(flat[first + 2 : first + size]) if size else None  # without the first "],"
 
 
 @njit(inline="always", error_model="numpy")

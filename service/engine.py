@@ -181,22 +181,25 @@ class Engine:
 
         crashed: partition and offset of records that ended the process before and are not to be looked at again.
         """
-        outgoing: list[Outgoing] = []
+        return [outgoing for some in self.answers(records, crashed) for outgoing in some]
+
+    def answers(
+        self, records: Sequence[Record], crashed: Collection[tuple[int, int]] = ()
+    ) -> Iterator[Sequence[Outgoing]]:
+        """`process`, piece by piece, each as soon as it is there; all must be taken, or a rollback follow."""
         if crashed:
             ended = Rejected(Reason.CRASH, "the process ended each time it came to this record")
-            for record in records:
-                if (record.partition, record.offset) in crashed:
-                    self.partition(record.partition).crashed(record.offset)
-                    outgoing.append(self._reject(record, ended))
+            suspects = [record for record in records if (record.partition, record.offset) in crashed]
             records = [record for record in records if (record.partition, record.offset) not in crashed]
+            for record in suspects:
+                self.partition(record.partition).crashed(record.offset)
+            yield [self._reject(record, ended) for record in suspects]
         seen, rejected = read(records, self.limits)
-        outgoing += [self._reject(record, error) for record, error in rejected]
         with self.lock:
             moves, refused = self._take(seen)
-        outgoing += refused
-        outgoing += self._advance(moves, told=True)
+        yield [*(self._reject(record, error) for record, error in rejected), *refused]
+        yield from self._advance(moves, told=True)
         self._settle()
-        return outgoing
 
     def replay(self, number: int, records: Sequence[Record], covered: Callable[[str], int]) -> None:
         """Move the streams of a partition as `process` did when it took these records, and say nothing.
@@ -209,7 +212,8 @@ class Engine:
         seen = part(seen, np.flatnonzero(~self._holes(seen)))
         with self.lock:
             moves = Moves.of(seen, [(np.arange(len(seen.streams)), partition.take(seen, covered))])
-        self._advance(moves, told=False)
+        for _ in self._advance(moves, told=False):
+            pass
         with self.lock:
             partition.settle()
             self.arena.commit()
@@ -284,11 +288,10 @@ class Engine:
             for partition in self.partitions.values():
                 partition.settle()
 
-    def _advance(self, moves: Moves, *, told: bool) -> list[Outgoing]:
-        """Move rows on in waves, as long as those are wide; what is left after that, run by run. -> the forecasts, if
-        they are to be told.
+    def _advance(self, moves: Moves, *, told: bool) -> Iterator[Sequence[Outgoing]]:
+        """Move rows on in waves, as long as those are wide; what is left after that, run by run. -> the forecasts of
+        each, if they are to be told.
         """
-        outgoing: list[Outgoing] = []
         turn = turns(moves.line)
         wide = _wide(np.bincount(turn))
         early, late = np.flatnonzero(turn < wide), np.flatnonzero(turn >= wide)
@@ -296,24 +299,26 @@ class Engine:
             with timed(self.metrics.wave_seconds):
                 with self.lock:
                     stepped = self._wave(moves, early[wave])
-                outgoing += self._told(moves, stepped) if told else ()
+                outgoing = self._told(moves, stepped) if told else ()
+            yield outgoing
         for together in moves.runs(late):
             with timed(self.metrics.wave_seconds):
                 with self.lock:
                     pieces_of = self._burst(moves, together, told=told)
-                outgoing += [one for stepped in pieces_of for one in self._told(moves, stepped)] if told else ()
-        return outgoing
+                outgoing = [one for stepped in pieces_of for one in self._told(moves, stepped)] if told else ()
+            yield outgoing
 
-    def _told(self, moves: Moves, stepped: Stepped) -> Iterator[Outgoing]:
+    def _told(self, moves: Moves, stepped: Stepped) -> list[Outgoing]:
         """The forecasts after these moves, as records."""
         self._count(moves.seen.values[stepped.moves], stepped)
         if self.settings.emit == "latest":
             stepped = stepped.part(np.flatnonzero(moves.latest[stepped.moves]))
-        values = self.emitted.encode(self._issued(moves, stepped))
-        for n, value in zip(stepped.moves.tolist(), values, strict=True):
-            record = moves.seen.records[n]
-            topic = self.settings.forecasts_topic
-            yield Outgoing(topic, record.partition, record.key, value, (), record.timestamp_ms)
+        values, topic = self.emitted.encode(self._issued(moves, stepped)), self.settings.forecasts_topic
+        records = [moves.seen.records[n] for n in stepped.moves.tolist()]
+        return [
+            Outgoing(topic, record.partition, record.key, value, (), record.timestamp_ms)
+            for record, value in zip(records, values, strict=True)
+        ]
 
     def _issued(self, moves: Moves, stepped: Stepped) -> Issued:
         some, seen = stepped.moves, moves.seen

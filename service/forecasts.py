@@ -82,10 +82,19 @@ def _compiled_writer() -> Callable[[Float64s, Int64s, Sequence[str]], Iterator[b
     return write
 
 
-def _joined(fields: dict[str, Any], numbers: bytes, live: bool, more: bytes = b"") -> bytes:
-    """A record of which the numbers are JSON already. more: members behind its status."""
-    status = b"live" if live else b"warming"
-    return b"".join((orjson.dumps(fields)[:-1], b',"quantiles":{', numbers, b'},"status":"', status, b'"', more, b"}"))
+def _texts(column: NDArray[Any]) -> list[bytes]:
+    """Each number of a column as JSON; null for NaN.
+
+    >>> _texts(np.array([1.5, np.nan]))
+    [b'1.5', b'null']
+    """
+    return orjson.dumps(column.tolist())[1:-1].split(b",") if len(column) else []
+
+
+TOLD = 6
+"""Fields before the numbers that differ from record to record."""
+_MARKS = [f"{{field {n}}}" for n in range(TOLD)]
+"""What stands for them where a record is made ready to be filled in: an id of a model is no such text."""
 
 
 class Teller:
@@ -115,11 +124,13 @@ class Teller:
         self._columns = [known.index(key) for key in self.keys] if quantiles else None
         self.write = _compiled_writer() if compiled else None
         self._ahead = [horizon - 1 for horizon in horizons] if horizons else None
+        self._record = self._ready()
 
     def describe(self, issued: Issued) -> Iterator[dict[str, Any]]:
         """The fields of each forecast's record."""
         by_quantile = np.ascontiguousarray(rounded(self._values(issued), self._decimals(issued)))
-        for fields, values, live in zip(self._fields(issued), by_quantile, issued.live.tolist(), strict=True):
+        columns = (issued.streams, *(column.tolist() for column in self._columns_of(issued)))
+        for fields, values, live in zip(map(self._fields, *columns), by_quantile, issued.live.tolist(), strict=True):
             quantiles = dict(zip(self.keys, values, strict=True))
             yield {**fields, "quantiles": quantiles, "status": "live" if live else "warming"}
 
@@ -127,12 +138,8 @@ class Teller:
         """The same fields of each forecast's record, as JSON."""
         if self.write is None:
             return [orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY) for fields in self.describe(issued)]
-        values = self.write(self._values(issued), self._decimals(issued), self.keys)
-        rows = zip(self._fields(issued), values, issued.live.tolist(), strict=True)
-        return [
-            _joined(fields, numbers, live) if numbers else self._encode_odd(issued, n)
-            for n, (fields, numbers, live) in enumerate(rows)
-        ]
+        numbers = self.write(self._values(issued), self._decimals(issued), self.keys)
+        return [text or self._encode_odd(issued, n) for n, text in enumerate(self._written(issued, numbers))]
 
     def encode_cut(
         self, issued: Issued, horizon: int, chosen: Sequence[int], times_ms: Sequence[int] | None
@@ -145,34 +152,46 @@ class Teller:
         values = issued.values[:, :horizon].transpose(0, 2, 1)
         if len(chosen) < len(self.keys):
             values = values[:, chosen]
-        (numbers,) = self.write(values, self._decimals(issued), [self.keys[n] for n in chosen])
-        if numbers is None:
-            return None
-        (fields,) = self._fields(issued)
+        numbers = self.write(values, self._decimals(issued), [self.keys[n] for n in chosen])
         times = orjson.dumps(times_ms and times_ms[:horizon])
-        return _joined(fields, numbers, bool(issued.live[0]), b',"timestamps":' + times)
+        (text,) = self._written(issued, numbers, b',"timestamps":' + times)
+        return text
+
+    def _written(self, issued: Issued, numbers: Iterator[bytes | None], more: bytes = b"") -> Iterator[bytes | None]:
+        """The records with these numbers, which are JSON already; None for one without. more: members at the end."""
+        streams = map(orjson.dumps, issued.streams)
+        status = [b"live" if live else b"warming" for live in issued.live.tolist()]
+        rows = zip(streams, *map(_texts, self._columns_of(issued)), numbers, status, strict=True)
+        return (self._record % (*row, more) if row[TOLD] else None for row in rows)
+
+    def _ready(self) -> bytes:
+        """A record, to be filled in with what differs from one to the other."""
+        text = orjson.dumps(self._fields(*_MARKS)).replace(b"%", b"%%")
+        for mark in _MARKS:
+            text = text.replace(orjson.dumps(mark), b"%b")
+        return text[:-1] + b',"quantiles":{%b},"status":"%b"%b}'
 
     def _encode_odd(self, issued: Issued, number: int) -> bytes:
         """One with more digits than are written so."""
         (fields,) = self.describe(issued.part(np.array([number])))
         return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
-    def _fields(self, issued: Issued) -> Iterator[dict[str, Any]]:
-        """What is told before the numbers."""
-        columns = (issued.ts_ms, issued.slot, issued.count, issued.observed, np.round(issued.anomaly, 3))
-        rows = zip(issued.streams, *(column.tolist() for column in columns), strict=True)
-        for stream, ts_ms, slot, count, observed, anomaly in rows:
-            fields = {
-                "stream": stream,
-                "ts": ts_ms,
-                "slot": slot,
-                "step_ms": self.step_ms,
-                "model": self.model,
-                "count": count,
-                "observed": None if observed != observed else observed,  # NaN
-                "anomaly": None if anomaly != anomaly else anomaly,
-            }
-            yield {**fields, "horizons": self.horizons} if self.horizons else fields
+    def _columns_of(self, issued: Issued) -> tuple[NDArray[Any], ...]:
+        """What is told of each before the numbers, beside its stream."""
+        return issued.ts_ms, issued.slot, issued.count, issued.observed, np.round(issued.anomaly, 3)
+
+    def _fields(self, stream: Any, ts_ms: Any, slot: Any, count: Any, observed: Any, anomaly: Any) -> dict[str, Any]:
+        fields = {
+            "stream": stream,
+            "ts": ts_ms,
+            "slot": slot,
+            "step_ms": self.step_ms,
+            "model": self.model,
+            "count": count,
+            "observed": None if observed != observed else observed,  # NaN
+            "anomaly": None if anomaly != anomaly else anomaly,
+        }
+        return {**fields, "horizons": self.horizons} if self.horizons else fields
 
     def _values(self, issued: Issued) -> Float64s:
         """The numbers that are told, [B, Q, H]."""

@@ -93,18 +93,19 @@ class Limits:
     max_ahead_ms: int = 366 * 86_400_000
 
 
-class _Body(msgspec.Struct, forbid_unknown_fields=True):
+class _Body(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """The fields of an observation's value. A field that stands twice counts as it stands last."""
 
     value: float | None
     ts: Any = msgspec.UNSET
-    covariates: dict[str, float | None] = {}
+    covariates: dict[str, float | None] | msgspec.UnsetType = msgspec.UNSET
     stream: str | msgspec.UnsetType = msgspec.UNSET
 
 
 _decoder = msgspec.json.Decoder(_Body)
 NO_BODY = _Body(None)
 NO_LINE = b'{"value":null}'
+NO_COVARIATES: dict[str, float | None] = {}
 STREAMS_KNOWN = 1 << 16
 """Keys that need not be decoded again."""
 TS_MAX = 1 << 53
@@ -204,9 +205,12 @@ def _times(bodies: Sequence[_Body]) -> tuple[Int64s, NDArray[np.bool_]]:
 
 def _covariates(bodies: Sequence[_Body], names: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The covariates of bodies in the model's order, [n, K], and whether they have no others."""
-    given = [[body.covariates.get(name) for name in names] for body in bodies]
-    known = [not body.covariates or body.covariates.keys() <= set(names) for body in bodies]
-    return np.array(given, dtype=np.float64).reshape(len(bodies), len(names)), np.array(known, dtype=np.bool_)
+    given = [body.covariates or NO_COVARIATES for body in bodies]
+    known = [not each or each.keys() <= set(names) for each in given]
+    if not names:
+        return np.empty((len(bodies), 0)), np.array(known, dtype=np.bool_)
+    values = np.array([[each.get(name) for name in names] for each in given], dtype=np.float64)
+    return values.reshape(len(bodies), len(names)), np.array(known, dtype=np.bool_)
 
 
 def _within(
@@ -238,7 +242,7 @@ def parse(record: Record, limits: Limits) -> Observation:
     if stream is None:
         raise Rejected(Reason.KEY, "no key, and no field `stream`")
     value = math.nan if body.value is None else check_value(body.value, limits.max_abs_value)
-    covariates = tuple(read_covariates(body.covariates, limits)) if body.covariates or limits.covariates else ()
+    covariates = tuple(read_covariates(body.covariates or NO_COVARIATES, limits))
     return Observation(stream, _time_of(record, body.ts, limits), value, covariates)
 
 

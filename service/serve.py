@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import signal
-import sys
 import threading
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +13,7 @@ import torch
 
 from model.bundle import ClassifierBundle, open_bundle
 from model.errors import CarouselError
+from service import interpreter
 from service.api import create_app, create_classifier_app
 from service.classify import Judge
 from service.engine import Engine
@@ -30,11 +29,6 @@ from service.worker import Worker
 
 log = logging.getLogger(__name__)
 
-SWITCH_S = 0.0005
-"""After so long the worker's thread lets that of HTTP go on, which asks for it several times a request; Python's own
-5 ms would be felt in each answer.
-"""
-
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; then finish the wave, deliver, commit, leave the group.
@@ -42,7 +36,7 @@ def serve(settings: Settings) -> None:
     Raises BundleError where the model cannot be loaded and ServiceError where the service cannot start or go on.
     """
     torch.set_num_threads(settings.threads)
-    sys.setswitchinterval(SWITCH_S)
+    interpreter.prepare()
     bundle = open_bundle(settings.model)
     metrics = Metrics()
     metrics.build.info({"version": version_installed()})
@@ -69,8 +63,7 @@ def serve(settings: Settings) -> None:
         owners = Owners(engine, worker, KafkaPythonGroup(settings), url, metrics)
         server.start(create_app(engine, worker, settings, metrics, hub, owners), on_stop=hub.close)
         engine.warm()
-        gc.collect()
-        gc.freeze()  # torch and the like stay as they are: to look through them now and then would stop all for 0.15 s
+        interpreter.settle()
         _run(worker)
     finally:
         server.stop()

@@ -5,6 +5,7 @@ and go, Kafka that goes away.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ WATCH_EVERY_S = 1.0
 RECONNECT_S = 1.0
 EAGER_S = 0.002
 EAGER_SHARE = 0.5
+EARLY_SHARE = 0.2
 STILL_HERE_S = 5.0
 """Where there is nothing to commit for so long, an offset is committed again: only who commits finds out that another
 has taken its place, and must not go on answering over HTTP.
@@ -77,6 +79,8 @@ class Worker:
     def _reset(self) -> None:
         """What belongs to one session."""
         self._gathered_at = self._committed_at = self._watched_at = self._batch_s = 0.0
+        self._record_s = math.inf
+        """What the last batch took a record, before its commit."""
         self._restores: dict[int, tuple[Restore, Iterator[None], float]] = {}
         self._keepers: dict[int, Keeper] = {}
         self._offsets: dict[int, int] = {}
@@ -300,13 +304,25 @@ class Worker:
                 self._trials[partition] = replace(trial, lives=self._alone_from, alone=-1)
 
     def _process_batch(self, batch: Batch, crashed: set[tuple[int, int]] | None = None) -> bool:
-        outgoing = self.engine.process([record for records in batch.values() for record in records], crashed or ())
+        records = [record for records in batch.values() for record in records]
         offsets = {partition: records[-1].offset + 1 for partition, records in batch.items()}
-        if self._commit(outgoing, offsets, {}):
+        began_s, outgoing, early = self._clock_s(), list[Outgoing](), self._early(len(records))
+        for answers in self.engine.answers(records, crashed or ()):
+            if early:
+                self.transport.send(answers)
+            outgoing += answers
+        self._record_s = (self._clock_s() - began_s) / max(len(records), 1)
+        if self._commit([] if early else outgoing, offsets, {}):
             self._delivered(outgoing)
             return True
         self.transport.rewind({partition: records[0].offset for partition, records in batch.items()})
         return False
+
+    def _early(self, count: int) -> bool:
+        """Whether the answers to so many records may go to Kafka one by one, while others are still being computed.
+        A transaction is open meanwhile: it must not take too long, and how long it takes the first batch tells.
+        """
+        return self._record_s * count < EARLY_SHARE * self.settings.transaction_timeout_ms / 1000
 
     def _commit(self, outgoing: Sequence[Outgoing], offsets: Mapping[int, int], trials: Mapping[int, Trial]) -> bool:
         """One transaction: what goes out, the input that is done with, the snapshots whose turn it is. -> False if it

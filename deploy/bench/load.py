@@ -190,6 +190,7 @@ def connect(settings: Settings) -> Transport:
 def living(settings: Settings) -> Iterator[Worker]:
     """A worker that is ready, for the length of a block."""
     engine = new_engine(settings)
+    engine.warm()
     worker = Worker(engine, lambda: connect(settings), settings, engine.metrics, lambda _: None)
     worker.begin_session()
     try:

@@ -19,6 +19,7 @@ from deploy.bench.load import Bench, BenchConfig
 from deploy.broker import EmbeddedBroker
 from deploy.java import signals_interrupt
 from model.errors import CarouselError
+from service import interpreter
 
 WHAT = ("throughput", "step", "latency", "http", "restore", "memory", "growth", "training")
 """The measurements; of each there is a module with `probes(bench)`."""
@@ -33,6 +34,7 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Figure]:
     """
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else report.WIDTH)
     check(config)
+    interpreter.prepare()  # as a worker is, and whoever is measured beside it
     torch.set_num_threads(config.threads)
     taken = Taken()
     with signals_interrupt():

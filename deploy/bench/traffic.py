@@ -6,7 +6,6 @@ measured that answers each observation once, a stream's in their order.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -29,8 +28,6 @@ LINGER_MS = 5
 """For as long a sender of many observations gathers them (librdkafka's default): a request for each would be work for
 the broker alone, 0.4 ms of processor time for every record, on the same cores.
 """
-SWITCH_S = 0.0005
-"""Two threads send and read; by default each may keep the other waiting for 5 ms."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +135,9 @@ def traffic_of(
     settings: Settings, streams: int, check: Callable[[], None], linger_ms: int = LINGER_MS
 ) -> Iterator[Traffic]:
     """Traffic for whoever reads and writes these topics, which must be there."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
     servers, sink = settings.bootstrap_servers, settings.forecasts_topic
-    try:
-        with (
-            open_sender(servers, linger_ms) as sender,
-            open_reader(servers, sink, settings.partitions) as reader,
-        ):
-            yield Traffic(settings, streams, sender, reader, check)
-    finally:
-        sys.setswitchinterval(before)
+    with (
+        open_sender(servers, linger_ms) as sender,
+        open_reader(servers, sink, settings.partitions) as reader,
+    ):
+        yield Traffic(settings, streams, sender, reader, check)

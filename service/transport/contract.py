@@ -52,8 +52,16 @@ class Transport(Protocol):
     def poll(self, timeout_ms: int, max_records: int) -> Polled:
         """Wait at most `timeout_ms` for records of the started partitions."""
 
+    def send(self, outgoing: Sequence[Outgoing]) -> None:
+        """Begin to deliver what belongs before the next commit, and do not wait for it. Exactly once this opens a
+        transaction: whatever the next `commit` or the session's end makes of that, becomes of these records.
+
+        Raises what `commit` raises but AbortedError, which is left to it.
+        """
+
     def commit(self, before: Sequence[Outgoing], offsets: Mapping[int, Offset], after: Sequence[Outgoing]) -> None:
-        """Deliver `before`, note that the input before `offsets` (by partition) is done with, deliver `after`.
+        """Deliver what was sent since the last commit and `before`, note that the input before `offsets` (by partition)
+        is done with, deliver `after`.
 
         Exactly once: all of it in one transaction. At least once: in this order. When it returns, all is with the
         broker. Raises AbortedError where nothing was done, because the group has moved on; ServiceError for a record

@@ -93,6 +93,11 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         self._settled_s = time.monotonic()
         self._url_due_s = self._settled_s + settings.session_timeout_ms / 1000 if settings.slot else math.inf
         self._clients: list[Any] = []
+        self._limit_s = settings.transaction_timeout_ms / 1000 if self._exactly else DELIVERY_TIMEOUT_S
+        self._began_s: float | None = None
+        """When the first record of the commit at hand was sent; None: none was."""
+        self._sent: list[tuple[Outgoing, Any]] = []
+        """What was sent for that commit, with kafka-python's futures, unless it is known to be with the broker."""
         try:
             with self._answered("its topics"):
                 prepare_topics(settings, self._common)
@@ -211,76 +216,103 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         elif time.monotonic() - self._settled_s > UNSETTLED_S:  # trap 4 again: it may never end by itself
             raise DisconnectedError(f"this worker was no settled member of its group for {UNSETTLED_S:g} s")
 
+    def send(self, outgoing: Sequence[Outgoing]) -> None:
+        with self._watchdog.over("a record"), self._committing("a record"):
+            self._begin()
+            self._send(outgoing)
+
     def commit(self, before: Sequence[Outgoing], offsets: Mapping[int, Offset], after: Sequence[Outgoing]) -> None:
+        try:
+            if self._exactly:
+                with self._watchdog.over("a transaction"), self._committing("a transaction"):
+                    self._commit_transaction([*before, *after], offsets)
+            else:
+                with self._committing("a commit"):
+                    self._begin()
+                    self._deliver(before)
+                    self._commit_offsets(offsets)
+                    self._deliver(after)
+        finally:
+            self._began_s = None
+
+    @contextmanager
+    def _committing(self, what: str) -> Iterator[None]:
+        try:
+            with self._answered(what):
+                yield
+        except (ProducerFencedError, InvalidProducerEpochError) as error:
+            soon_s = (self._began_s or 0.0) + self.settings.transaction_timeout_ms / 2000
+            if self.settings.slot and time.monotonic() < soon_s:
+                raise taken(self.settings) from error
+            raise DisconnectedError(f"Kafka aborted a transaction that took too long: {line(error)}") from error
+
+    def _begin(self) -> None:
+        if self._began_s is not None:
+            return
+        self._began_s = time.monotonic()
+        self._sent.clear()
         if self._exactly:
-            with self._watchdog.over("a transaction"):
-                self._commit_transaction([*before, *after], offsets)
-        else:
-            with self._answered("a commit"):
-                self._deliver(before, DELIVERY_TIMEOUT_S)
-                try:
-                    self._consumer.commit(self._offsets(offsets))
-                except CommitFailedError as error:
-                    raise AbortedError(line(error)) from error
-                self._deliver(after, DELIVERY_TIMEOUT_S)
+            self._producer.begin_transaction()
 
     def _commit_transaction(self, outgoing: Sequence[Outgoing], offsets: Mapping[int, Offset]) -> None:
         # Taken after the last poll. Of one that is no member any more, the broker would accept the offsets (trap 5).
         member = self._consumer.group_metadata()
         owned = {tp.partition for tp in self._consumer.assignment()}
         if member.generation_id < 0 or not set(offsets) <= owned:
+            if self._began_s is not None:
+                self._producer.abort_transaction()
             raise AbortedError("this worker is not (or no longer) a member of its group")
-        began_s = time.monotonic()
+        self._begin()
+        # Trap 1, 2 and 9: a commit may report success for records that failed. So all are known to be with the broker
+        # before the offsets go, and the offsets go last.
+        self._deliver(outgoing)
         try:
-            with self._answered("a transaction"):
-                self._producer.begin_transaction()
-                # Trap 1, 2 and 9: a commit may report success for records that failed. So all are known to be with the
-                # broker before the offsets go, and the offsets go last.
-                self._deliver(outgoing, self.settings.transaction_timeout_ms / 1000)
-                try:
-                    self._producer.send_offsets_to_transaction(self._offsets(offsets), member)
-                except CommitFailedError as error:
-                    self._producer.abort_transaction()
-                    # Trap 10: else the next transaction commits these offsets, too, whoever has their partitions then.
-                    self._producer._transaction_manager._pending_txn_offset_commits.clear()
-                    raise AbortedError(line(error)) from error
-                self._producer.commit_transaction()
-        except (ProducerFencedError, InvalidProducerEpochError) as error:
-            if self.settings.slot and time.monotonic() - began_s < self.settings.transaction_timeout_ms / 2000:
-                raise taken(self.settings) from error
-            raise DisconnectedError(f"Kafka aborted a transaction that took too long: {line(error)}") from error
+            self._producer.send_offsets_to_transaction(self._offsets(offsets), member)
+        except CommitFailedError as error:
+            self._producer.abort_transaction()
+            # Trap 10: else the next transaction commits these offsets, too, whoever has their partitions then.
+            self._producer._transaction_manager._pending_txn_offset_commits.clear()
+            raise AbortedError(line(error)) from error
+        self._producer.commit_transaction()
 
-    def _deliver(self, outgoing: Sequence[Outgoing], timeout_s: float) -> None:
-        sent: list[tuple[Outgoing, Any]] = []
-        refused: tuple[Outgoing, KafkaError] | None = None
+    def _commit_offsets(self, offsets: Mapping[int, Offset]) -> None:
+        try:
+            self._consumer.commit(self._offsets(offsets))
+        except CommitFailedError as error:
+            raise AbortedError(line(error)) from error
+
+    def _deliver(self, outgoing: Sequence[Outgoing]) -> None:
+        self._send(outgoing)
+        self._flush()
+
+    def _send(self, outgoing: Sequence[Outgoing]) -> None:
         for o in outgoing:
             try:
                 future = self._producer.send(
                     o.topic, o.value, key=o.key, partition=o.partition, headers=list(o.headers)
                 )
             except KafkaError as error:  # for its own sake, or because one before it failed
-                refused = o, error
-                break
-            sent.append((o, future))
-        self._flush([future for _, future in sent], outgoing, timeout_s)
-        # Neither flush() nor a commit says that a record failed. Of those that did, the largest is to blame: the others
-        # fail with it.
-        failed = [(o, future.exception) for o, future in sent if not future.succeeded()]
-        if failed:
-            self._blame(*max(failed, key=lambda one: len(one[0].value or b"")))
-        if refused:
-            self._blame(*refused)
+                self._flush()
+                self._blame(o, error)
+            self._sent.append((o, future))
 
-    def _flush(self, futures: Sequence[Any], outgoing: Sequence[Outgoing], timeout_s: float) -> None:
-        until_s = time.monotonic() + timeout_s
-        while not all(future.is_done for future in futures):
+    def _flush(self) -> None:
+        """Wait until all that was sent is with the broker. Neither flush() nor a commit says that a record failed. Of
+        those that did, the largest is to blame: the others fail with it.
+        """
+        until_s = time.monotonic() + self._limit_s
+        while not all(future.is_done for _, future in self._sent):
             left_s = until_s - time.monotonic()
             if left_s <= 0:
-                topics = ", ".join(sorted({o.topic for o in outgoing}))
-                raise DisconnectedError(f"records for {topics} could not be delivered within {timeout_s:g} s")
+                topics = ", ".join(sorted({o.topic for o, _ in self._sent}))
+                raise DisconnectedError(f"records for {topics} could not be delivered within {self._limit_s:g} s")
             # Trap 14: it fails where a batch was too large for its topic, and is split, and goes on in two.
             with suppress(KafkaTimeoutError, UnknownError):
                 self._producer.flush(timeout=left_s)
+        failed = [(o, future.exception) for o, future in self._sent if not future.succeeded()]
+        self._sent.clear()
+        if failed:
+            self._blame(*max(failed, key=lambda one: len(one[0].value or b"")))
 
     def _blame(self, outgoing: Outgoing, error: KafkaError) -> NoReturn:
         """Raise what it means that a record failed."""

@@ -140,6 +140,11 @@ class Librdkafka:
         self._joined = False
         self._failure: KafkaException | None = None
         """What polling met, to be raised once the records before it have been handed out."""
+        self._limit_s = self._transaction_s if self._exactly else DELIVERY_TIMEOUT_S
+        self._began_s: float | None = None
+        """When the first record of the commit at hand was sent; None: none was."""
+        self._topics: set[str] = set()
+        """Those of what was sent for it."""
         self._undelivered: list[tuple[int, str, KafkaError]] = []
         """Of each record that failed its size, its topic and why."""
         self._settled_s = time.monotonic()
@@ -303,50 +308,82 @@ class Librdkafka:
         elif time.monotonic() - self._settled_s > UNSETTLED_S:
             raise DisconnectedError(f"this worker was no settled member of its group for {UNSETTLED_S:g} s")
 
+    def send(self, outgoing: Sequence[Outgoing]) -> None:
+        with self._failing("a record"):
+            self._begin()
+            self._send(outgoing)
+
     def commit(self, before: Sequence[Outgoing], offsets: Mapping[int, Offset], after: Sequence[Outgoing]) -> None:
-        # Taken after the last poll. Of one that is no member any more, the broker would accept the offsets (trap 5).
-        member = self._consumer.consumer_group_metadata()
-        if not self.stable or not set(offsets) <= self._held:
-            raise AbortedError("this worker is not (or no longer) a member of its group")
+        try:
+            with self._failing("a commit"):
+                # Taken after the last poll. Of one that is no member any more, the broker would accept the offsets
+                # (trap 5).
+                member = self._consumer.consumer_group_metadata()
+                if not self.stable or not set(offsets) <= self._held:
+                    self._abort()
+                    raise AbortedError("this worker is not (or no longer) a member of its group")
+                self._begin()
+                if self._exactly:
+                    self._commit_transaction([*before, *after], offsets, member)
+                else:
+                    self._deliver(before)
+                    self._commit_offsets(offsets)
+                    self._deliver(after)
+        finally:
+            self._began_s = None
+
+    def _begin(self) -> None:
+        if self._began_s is not None:
+            return
+        self._began_s = time.monotonic()
+        self._topics.clear()
         self._undelivered.clear()
         if self._exactly:
-            # Trap 19: when the broker goes, sending the offsets may take no heed of its limit, and never come back.
-            with self._watchdog.over("a transaction", 2 * self._transaction_s + GRACE_S):
-                self._commit_transaction([*before, *after], offsets, member)
-        else:
-            self._deliver(before, DELIVERY_TIMEOUT_S)
-            self._commit_offsets(offsets)
-            self._deliver(after, DELIVERY_TIMEOUT_S)
+            self._producer.begin_transaction()
+
+    def _abort(self) -> None:
+        if self._exactly and self._began_s is not None:
+            self._producer.abort_transaction(self._transaction_s)
 
     def _commit_transaction(self, outgoing: Sequence[Outgoing], offsets: Mapping[int, Offset], member: Any) -> None:
-        began_s = time.monotonic()
-        with self._answered("a transaction"):
+        # Trap 19: when the broker goes, sending the offsets may take no heed of its limit, and never come back.
+        with self._watchdog.over("a transaction", 2 * self._transaction_s + GRACE_S):
+            self._send(outgoing)
+            # librdkafka commits nothing of which a part has failed, nor before all of it is with the broker.
+            self._producer.send_offsets_to_transaction(self._offsets(offsets), member, self._transaction_s)
+            self._producer.commit_transaction(self._transaction_s)
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """Raise what it means that a part of a commit fails."""
+        with self._answered(what):
             try:
-                self._producer.begin_transaction()
-                self._send(outgoing, began_s + self._transaction_s)
-                # librdkafka commits nothing of which a part has failed, nor before all of it is with the broker.
-                self._producer.send_offsets_to_transaction(self._offsets(offsets), member, self._transaction_s)
-                self._producer.commit_transaction(self._transaction_s)
+                yield
             except KafkaException as error:
-                self._give_up(error.args[0], outgoing, began_s)
+                if self._exactly:
+                    self._give_up(error.args[0])
+                else:
+                    self._producer.flush(DELIVERY_TIMEOUT_S)
+                    self._blame()
                 raise
 
-    def _give_up(self, error: KafkaError, outgoing: Sequence[Outgoing], began_s: float) -> None:
+    def _give_up(self, error: KafkaError) -> None:
         """Abort a transaction that failed, and raise what is to be said of it, if that is not simply the error."""
         if error.code() in FENCED:
-            if self.settings.slot and time.monotonic() - began_s < self._transaction_s / 2:
+            if self.settings.slot and time.monotonic() < (self._began_s or 0.0) + self._transaction_s / 2:
                 raise taken(self.settings)
             raise DisconnectedError(f"Kafka aborted a transaction that took too long: {error.str()}")
         if error.txn_requires_abort():
-            self._producer.abort_transaction(self._transaction_s)
+            self._abort()
         self._blame()
         if error.code() in MOVED_ON:
             raise AbortedError(error.str())
         if error.code() in SILENT and len(self._producer):
-            raise _late(outgoing, self._transaction_s)
+            raise self._late()
 
-    def _send(self, outgoing: Sequence[Outgoing], until_s: float) -> None:
+    def _send(self, outgoing: Sequence[Outgoing]) -> None:
         """Hand records to librdkafka, which sends them while it is given more. It has a bound: then wait for room."""
+        self._topics |= {o.topic for o in outgoing}
         produce = self._producer.produce
         for o in outgoing:
             while True:
@@ -355,25 +392,27 @@ class Librdkafka:
                     break
                 except BufferError:
                     self._producer.poll(FULL_WAIT_S)
-                    if time.monotonic() > until_s:
-                        raise _late(outgoing, DELIVERY_TIMEOUT_S) from None
+                    if self._left_s <= 0:
+                        raise self._late() from None
                 except KafkaException as error:
                     self._undelivered.append((len(o.value or b""), o.topic, error.args[0]))
                     raise
 
-    def _deliver(self, outgoing: Sequence[Outgoing], timeout_s: float) -> None:
-        until_s = time.monotonic() + timeout_s
-        with self._answered("a record"):
-            try:
-                self._send(outgoing, until_s)
-            except KafkaException:
-                self._producer.flush(timeout_s)
-                self._blame()
-                raise
-            left = self._producer.flush(max(0.0, until_s - time.monotonic()))
+    @property
+    def _left_s(self) -> float:
+        """Of the time in which what was sent must have been delivered."""
+        return (self._began_s or 0.0) + self._limit_s - time.monotonic()
+
+    def _deliver(self, outgoing: Sequence[Outgoing]) -> None:
+        self._send(outgoing)
+        left = self._producer.flush(max(0.0, self._left_s))
         self._blame()
         if left:
-            raise _late(outgoing, timeout_s)
+            raise self._late()
+
+    def _late(self) -> DisconnectedError:
+        topics = ", ".join(sorted(self._topics))
+        return DisconnectedError(f"records for {topics} could not be delivered within {self._limit_s:g} s")
 
     def _blame(self) -> None:
         """Raise what it means that a record failed. Of several the largest is to blame: others fail with it."""
@@ -385,9 +424,9 @@ class Librdkafka:
         raise ServiceError(f"Kafka does not take a record of {size} bytes for {topic}: {error.str()}")
 
     def _commit_offsets(self, offsets: Mapping[int, Offset]) -> None:
-        with self._answered("a commit"), self._watchdog.over("a commit"):
-            if not offsets:
-                return
+        if not offsets:
+            return
+        with self._watchdog.over("a commit"):
             try:
                 _checked(self._consumer.commit(offsets=self._offsets(offsets), asynchronous=False))
             except KafkaException as error:
@@ -549,11 +588,6 @@ def _checked(tps: list[TopicPartition]) -> list[TopicPartition]:
         if tp.error:
             raise KafkaException(tp.error)
     return tps
-
-
-def _late(outgoing: Sequence[Outgoing], timeout_s: float) -> DisconnectedError:
-    topics = ", ".join(sorted({o.topic for o in outgoing}))
-    return DisconnectedError(f"records for {topics} could not be delivered within {timeout_s:g} s")
 
 
 def _failure_of(message: Any) -> KafkaException:

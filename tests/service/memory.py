@@ -45,6 +45,7 @@ class MemoryTransport:
         self.log, self.topic, self.exactly = log, topic, exactly
         self.random, self.kill, self.abort = Random(seed), kill, abort
         self.position: dict[int, int] = {}
+        self.sent: list[Outgoing] = []
         self.assigned = frozenset(range(log.partitions))
 
     @property
@@ -60,18 +61,28 @@ class MemoryTransport:
             self.position[partition] += len(some)
         return Polled(records, assigned)
 
+    def send(self, outgoing: Sequence[Outgoing]) -> None:
+        if self.exactly:
+            self.sent += outgoing
+        else:
+            self._write(outgoing)
+
     def commit(self, before: Sequence[Outgoing], offsets: Mapping[int, Offset], after: Sequence[Outgoing]) -> None:
+        sent, self.sent = self.sent, []
         if self.random.random() < self.abort:
             raise AbortedError("by chance")
         self._may_die()
-        for outgoing in before:
-            self.log.write(outgoing)
-            self._may_die(not self.exactly)
+        self._write([*sent, *before])
         self.log.offsets |= offsets
         for outgoing in after:
             self._may_die(not self.exactly)
             self.log.write(outgoing)
         self._may_die()
+
+    def _write(self, outgoing: Sequence[Outgoing]) -> None:
+        for each in outgoing:
+            self.log.write(each)
+            self._may_die(not self.exactly)
 
     def _may_die(self, here: bool = True) -> None:
         if here and self.random.random() < self.kill:

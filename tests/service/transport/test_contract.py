@@ -295,7 +295,9 @@ def test_what_was_committed_is_delivered_and_the_next_life_is_told_of_it(
     started(first, 0, 1)
     records = polled(first, 10)
     before = [forecast(settings, b"f%d" % record.offset) for record in records[:4]]
-    first.commit(before, {0: Offset(4, "note"), 1: Offset(0)}, [snapshot(settings, b"s")])
+    first.send(before[:1])
+    first.send(before[1:3])
+    first.commit(before[3:], {0: Offset(4, "note"), 1: Offset(0)}, [snapshot(settings, b"s")])
     first.close()
     second = connect(guarantee=guarantee)
     started(second, 0, 1)
@@ -334,9 +336,8 @@ def test_a_life_that_ends_before_its_commit_leaves_nothing_to_be_seen(settings: 
 
 def dies_before_the_offsets(transport: Any, settings: Settings) -> None:
     """A commit up to where its records are with the broker; then no more is heard of it."""
-    transport._producer.begin_transaction()
-    transport._deliver([forecast(settings, b"torn"), snapshot(settings, b"torn")], 5)
-    assert transport.bounds(settings.state_topic, 0).end == 1
+    transport.send([forecast(settings, b"torn"), snapshot(settings, b"torn")])
+    until("it to be with the broker", lambda: transport.bounds(settings.state_topic, 0).end == 1)
 
 
 @pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
@@ -381,6 +382,8 @@ def test_a_member_that_was_thrown_out_is_told_and_goes_on(settings: Settings, co
     transport = connect(guarantee=guarantee)
     started(transport, 0)
     transport.commit([], {0: Offset(1)}, [])
+    if guarantee == "exactly_once":
+        transport.send([forecast(settings, b"no")])
     thrown_out(settings)
     with pytest.raises(AbortedError):
         transport.commit([snapshot(settings, b"no")] if guarantee == "exactly_once" else [], {0: Offset(2)}, [])
