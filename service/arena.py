@@ -48,7 +48,8 @@ class Arena:
         """All rows, [R, row_bytes] uint8; of those that no stream has, the content is of no meaning."""
         self.tensors = schema.views(self.block)
         """The same by name: each [R, ...]."""
-        self._columns = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+        self.columns = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+        """The same as numpy's."""
         self._record = schema.record
         self._bytes, self._first = self.block.numpy(), schema.block(1)[0].numpy()
         self._streams: dict[int, OrderedDict[str, int]] = {}
@@ -162,7 +163,7 @@ class Arena:
 
     def column(self, name: str) -> NDArray[np.int64]:
         """One tensor of all rows as a numpy view."""
-        return self._columns[name]
+        return self.columns[name]
 
     def commit(self) -> None:
         """Let all that was changed stand."""

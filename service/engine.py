@@ -439,7 +439,7 @@ class Engine:
         anomaly: NDArray[np.float64],
     ) -> None:
         seen = moves.seen
-        self.history.note(self.arena.tensors, row, count, seen.ts_ms[some], seen.values[some], opened, anomaly)
+        self.history.note(self.arena.columns, row, count, seen.ts_ms[some], seen.values[some], opened, anomaly)
 
     def _start_afresh(self, rows: Int64s) -> None:
         self.arena.reset(torch.from_numpy(rows))

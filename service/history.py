@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class History:
 
     def note(
         self,
-        state: Rows,
+        columns: Mapping[str, NDArray[Any]],
         row: Int64s,
         count: Int64s,
         ts_ms: Int64s,
@@ -45,23 +46,20 @@ class History:
         opened: NDArray[np.float64],
         anomaly: NDArray[np.float64],
     ) -> None:
-        """Write observations [n] into rows of `state`, each row's in order.
+        """Write observations [n] into rows of the columns of a block, each row's in order.
 
         count [n]: which observation of its stream each is, from 1 on. opened [n, Q]: what had been forecast for it;
         NaN where nothing had.
         """
         if not self.steps:
             return
-        last = np.flatnonzero(turns(row[::-1])[::-1] < self.steps)  # those before would be written over
-        at = torch.from_numpy(row[last]), torch.from_numpy((count[last] - 1) % self.steps)
-        noted: dict[str, NDArray[Any]] = {
-            "ts_ms": ts_ms,
-            "value": values,
-            "forecast": opened[:, self.kept],
-            "anomaly": anomaly.astype(np.float32),
-        }
-        for name, column in noted.items():
-            state[f"history_{name}"][at] = torch.from_numpy(column[last])
+        last: Int64s | slice = slice(None)
+        if len(row) > self.steps:  # of a row that has more than that, the first ones would be written over
+            last = np.flatnonzero(turns(row[::-1])[::-1] < self.steps)
+        at = row[last], (count[last] - 1) % self.steps
+        columns["history_ts_ms"][at], columns["history_value"][at] = ts_ms[last], values[last]
+        columns["history_forecast"][at] = opened[last][:, self.kept]
+        columns["history_anomaly"][at] = anomaly[last]
 
     def last(self, state: Rows, row: int) -> tuple[float, NDArray[np.float64]]:
         """Of the last observation of a row the value, and by quantile kept what had been forecast for it; NaN where
