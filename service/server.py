@@ -17,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import ServiceError
-from service.guard import HEADERS_MAX_BYTES
+from service.guard import HEADERS_MAX_BYTES, WHOLE
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -198,6 +198,7 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._spent = 0
+        self.scope[WHOLE] = True  # type: ignore[typeddict-unknown-key]
         super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
