@@ -90,12 +90,13 @@ class Arena:
 
     def last_heard(self, stream: str, partitions: frozenset[int] | None = None) -> StreamKey | None:
         """Of the streams of this id, in `partitions` only unless None, the one whose last observation is the latest."""
-        keys = [key for key in self.keys_of(stream) if partitions is None or key.partition in partitions]
-        if not keys:
+        among = self._streams if partitions is None else partitions
+        rows = [(partition, row) for partition in among if (row := self.streams(partition).get(stream)) is not None]
+        if not rows:
             return None
         ts_ms, count = self.column("ts_ms"), self.column("count")
-        rows = {key: row for key in keys if (row := self.find(key)) is not None and count[row]}
-        return max(rows, key=lambda key: (ts_ms[rows[key]], key.partition), default=None)
+        heard = [(ts_ms[row], partition) for partition, row in rows if count[row]]
+        return StreamKey(max(heard)[1], stream) if heard else None
 
     def add(self, key: StreamKey) -> int:
         """The row of a stream that was not there, in its initial state; the most recently heard of its partition."""
