@@ -8,7 +8,7 @@ compiled step, numbers come from its own kernel, so that they are bit for bit th
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -51,13 +51,25 @@ class Standing:
 
     def anomaly(self, state: Arrays) -> NDArray[np.float64]:
         """The scores of the last observations [B]; NaN where one is missing, or came while warming."""
-        known = (state["gap"] == 0) & (state["steps"] > self._warmup) & self._scores
-        sums = zip(known.tolist(), state["surprise"].tolist(), strict=True)
-        return np.array([self._score(surprise) if one else math.nan for one, surprise in sums])
+        rows = zip(state["gap"].tolist(), state["steps"].tolist(), state["surprise"].tolist(), strict=True)
+        return np.array(
+            [
+                self._score(surprise) if self._scores and not gap and steps > self._warmup else math.nan
+                for gap, steps, surprise in rows
+            ]
+        )
 
     def _score(self, surprise: float) -> float:
         tail = sum([weight * math.exp(-rate * surprise) for weight, rate in self._tails])
         return abs(math.log10(min(max(tail, 1e-300), 1.0)))
+
+
+class _Shape(NamedTuple):
+    """What `kernels.issue` asks of a model. A row of `kernels.MODEL` has it too, but is dear to hand over."""
+
+    horizon: int
+    count: int
+    middle: int
 
 
 class _Issue:
@@ -66,20 +78,19 @@ class _Issue:
     def __init__(self, follower: Follower) -> None:
         from model import kernels  # there, as its step moved the waves; and slow to load where it did not
 
-        config, model = follower.config, np.zeros(1, kernels.MODEL)
-        self._sizes = config.horizon, len(config.quantiles)
-        model["horizon"], model["count"], model["middle"] = *self._sizes, follower.calibration.middle
-        self._model, self._kernel = model[0], kernels.issue
+        config = follower.config
+        self._shape = _Shape(config.horizon, len(config.quantiles), follower.calibration.middle)
+        self._kernel = kernels.issue
         self._weights = np.ascontiguousarray(follower.calibration.weights.numpy().T)
         first = {name: tensor.numpy() for name, tensor in follower.schema.initial(1).items()}
         self(first, first["waiting_stretch"][:, : len(self._weights)])  # compiled now, and not by a request
 
     def __call__(self, state: Arrays, stretch: NDArray[np.float32]) -> NDArray[np.float64]:
         """Forecasts [B, H, Q] with their stretch [B, K, 2] of the settled horizons."""
-        horizon, count = self._sizes
+        horizon, count, _ = self._shape
         factors, issued = np.empty((2, horizon), dtype=np.float32), np.empty((len(stretch), count, horizon))
         by_quantile = np.ascontiguousarray(state["offsets"].transpose(0, 2, 1))
         for n, row in enumerate(issued):
             of_one = (state["base"][n], state["scale"][n], by_quantile[n], stretch[n])
-            self._kernel(self._model, *of_one, self._weights, factors, row)
+            self._kernel(self._shape, *of_one, self._weights, factors, row)
         return issued.transpose(0, 2, 1)

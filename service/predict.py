@@ -33,6 +33,8 @@ from service.views import Fields, Partitions, find, find_row
 AT_ONCE = 2
 """Histories computed at a time: the worker needs the machine too."""
 PATIENCE_S = 10.0
+NOTHING = np.array([np.nan])
+"""What was observed, where nothing was."""
 SLOTS_KEPT = 128
 """Whose times after them are kept."""
 
@@ -90,7 +92,7 @@ class Predictor:
         horizon, quantiles = self._horizon(request), self._quantiles(request)
         issued = self._issued(request.stream, state, raw=request.raw)
         chosen = [n for n, key in enumerate(self.engine.quantile_keys) if key in quantiles]
-        text = self.engine.teller.encode_cut(issued, horizon, chosen, self._times(int(issued.slot[0])))
+        text = self.engine.teller.encode_cut(issued, horizon, chosen, self._times(issued.slot.item()))
         return text or orjson.dumps(self.cut(request, state), option=orjson.OPT_SERIALIZE_NUMPY)
 
     def tell(self, stream: str | None, state: Arrays, *, raw: bool = False) -> Fields:
@@ -99,7 +101,8 @@ class Predictor:
         return {**fields, "stream": stream, "timestamps": self._times(fields["slot"])}
 
     def _issued(self, stream: str | None, state: Arrays, *, raw: bool) -> Issued:
-        live, last = state["steps"] >= self.config.warmup, np.where(state["gap"] == 0, state["values"][:, -1], np.nan)
+        live = state["steps"] >= self.config.warmup
+        last = NOTHING if state["gap"].item() else state["values"][:, -1]
         heard = (state["ts_ms"], state["slot"], state["count"], live, last, self._standing.anomaly(state))
         return Issued([stream or ""], *heard, state["scale"], self._standing.values(state, raw=raw))
 
@@ -116,7 +119,9 @@ class Predictor:
 
     def _quantiles(self, request: PredictRequest) -> set[str]:
         known = self.engine.quantile_keys
-        wanted = set(known if request.quantiles is None else map(quantile_key, request.quantiles))
+        if request.quantiles is None:
+            return set(known)
+        wanted = set(map(quantile_key, request.quantiles))
         if not wanted <= set(known):
             raise Refused(422, f"the model has the quantiles {', '.join(known)}, and no others", ("body", "quantiles"))
         return wanted
