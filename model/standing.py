@@ -68,7 +68,7 @@ class _Shape(NamedTuple):
     """What `kernels.issue` asks of a model. A row of `kernels.MODEL` has it too, but is dear to hand over."""
 
     horizon: int
-    count: int
+    count: int  # type: ignore[assignment]  # the kernel's word
     middle: int
 
 
