@@ -21,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.grid import Int64s
 from model.state import Rows, Schema
+from service.packing import Columns
 
 FIRST_ROWS = 256
 ADDRESSES_BYTES = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -100,13 +102,19 @@ class Arena:
 
     def add(self, key: StreamKey) -> int:
         """The row of a stream that was not there, in its initial state; the most recently heard of its partition."""
-        row = self._free.pop() if self._free else self._rows
+        row = self._unused()
         self._bytes[row] = self._first
-        self._rows = max(self._rows, row + 1)
         self.open(key.partition)[key.stream] = row
         self.changes += 1
         self._came.append((key, row, True))
         return row
+
+    def _unused(self) -> int:
+        """A row that nobody has."""
+        if self._free:
+            return self._free.pop()
+        self._rows += 1
+        return self._rows - 1
 
     def forget(self, key: StreamKey) -> bool:
         """End a stream. -> whether there was one. Its row is free from the next commit on."""
@@ -126,18 +134,23 @@ class Arena:
         self.changes += 1
         return len(rows)
 
-    def load(self, partition: int, streams: Sequence[str], state: Rows) -> None:
-        """Add streams with their states, for good: between transactions."""
-        rows = [self.add(StreamKey(partition, stream)) for stream in streams]
-        self.scatter(torch.tensor(rows, dtype=torch.int64), state)
-        self.commit()
+    def load(self, partition: int, streams: Sequence[str], states: Columns) -> None:
+        """Give streams these states, whether they were there or not, for good: between transactions."""
+        held = self.open(partition)
+        for stream in streams:
+            if stream not in held:
+                held[stream] = self._unused()
+        rows = np.array([held[stream] for stream in streams], dtype=np.int64)
+        for name, values in states.items():
+            self.columns[name][rows] = values
+        self.changes += 1
 
     def sort(self, partition: int) -> None:
         """Bring a partition's streams into the order in which they were last heard."""
-        offset = self.column("offset")
-        streams = self.open(partition)
-        for stream in sorted(streams, key=lambda stream: offset[streams[stream]]):
-            streams.move_to_end(stream)
+        held = self.open(partition)
+        streams, rows = list(held), np.fromiter(held.values(), np.int64, len(held))
+        for n in np.argsort(self.column("offset")[rows], kind="stable").tolist():
+            held.move_to_end(streams[n])
 
     def reset(self, rows: Tensor) -> None:
         """Let these rows [B] start afresh."""
@@ -148,6 +161,11 @@ class Arena:
     def gather(self, rows: Tensor) -> Rows:
         """The states of these rows [B], copied."""
         return self.schema.views(self.block.index_select(0, rows))  # twice as fast as block[rows]
+
+    def records(self, rows: Int64s) -> NDArray[np.void]:
+        """The same as one array [B], for whoever needs no torch."""
+        records: NDArray[np.void] = self._bytes[rows].view(self._record)[:, 0]
+        return records
 
     def row(self, number: int) -> NDArray[np.void]:
         """The state of one row, copied: its tensors by name, [1, ...] each. So they are much sooner there than if

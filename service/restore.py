@@ -1,7 +1,8 @@
 """Taking up a partition: the latest snapshot of each bucket, then the input from there, up to the committed offset.
 
 Step by step, so that the worker's other partitions go on meanwhile. What is found is held against what was noted beside
-the committed offset: a state is as it was, or the worker stops and says why.
+the committed offset: a state is as it was, or the worker stops and says why. Before that is known the states are in the
+arena already, each from when it was read: beside it there is no room for a second copy of them all.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from service.arena import StreamKey
 from service.engine import Engine
 from service.errors import DisconnectedError, LostStateError
 from service.partition import Entry, Mark
-from service.snapshots import Bucket, Keeper, Note, Snapshot, decode_journal, decode_snapshot, digest_of
+from service.snapshots import Bucket, Keeper, Note, Snapshot, decode_journal, digest_of
 from service.transport.contract import Offset, Transport
 
 log = logging.getLogger(__name__)
@@ -22,8 +24,8 @@ log = logging.getLogger(__name__)
 TOLD_EVERY_S = 5.0
 PENDING_S = 30.0
 """Kafka ends a dead worker's transaction within its time-out and 10 s."""
-SNAPSHOTS_AT_ONCE = 32
-"""Decoded, or loaded, in one step."""
+BUCKETS_AT_ONCE = 1_000
+"""Looked at in one step."""
 
 
 Steps = Iterator[None]
@@ -31,13 +33,24 @@ Steps = Iterator[None]
 
 @dataclass
 class Found:
-    """What the state topic holds of a partition."""
+    """What the state topic holds of a partition: of each key the latest."""
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     """By the bits of their buckets."""
-    journal: list[Entry] = field(default_factory=list)
-    journals: list[tuple[bytes, int]] = field(default_factory=list)
-    """The journal's records by key, with their last entries' offsets."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """What is wrong with those that are none."""
+    journals: dict[str, bytes] = field(default_factory=dict)
+    """The journal's records."""
+
+    @property
+    def names(self) -> list[str]:
+        """What their keys end with."""
+        return [*self.snapshots, *self.unfit, *self.journals]
+
+    def drop(self, name: str) -> None:
+        """There is a later one, or a tombstone."""
+        for kind in (self.snapshots, self.unfit, self.journals):
+            kind.pop(name, None)
 
 
 class Restore:
@@ -59,9 +72,9 @@ class Restore:
         """
         started_s = self._clock_s()
         committed = yield from self._committed(self.number)
-        values = yield from self._values()
+        found = yield from self._find()
         try:
-            yield from self._take_up(committed, values)
+            yield from self._take_up(committed, found)
         except LostStateError as error:
             if self.settings.on_lost_state == "stop":
                 remedy = f"to let the streams of partition {self.number} begin afresh: --on-lost-state restart_streams"
@@ -69,7 +82,7 @@ class Restore:
             log.error("%s; the streams of partition %d begin afresh", error, self.number)  # noqa: TRY400 - foreseen
             self.engine.forget_partitions([self.number])
             self.keeper, self.note = Keeper(self.number, self.engine, self.transport.partitions), None
-            self.keeper.stale = list(values)
+            self.keeper.stale = [self.keeper.key(name) for name in found.names]
             self._begin(committed)
         held, took_s = len(self.engine.arena.streams(self.number)), self._clock_s() - started_s
         log.info("partition %d: %d streams as of offset %d, in %.1f s", self.number, held, self.offset, took_s)
@@ -84,50 +97,54 @@ class Restore:
                     raise DisconnectedError(f"where partition {number} stands did not settle in time") from error
                 yield
 
-    def _values(self) -> Generator[None, None, dict[bytes, bytes]]:
-        """The latest value of each key of this partition on the state topic."""
+    def _find(self) -> Generator[None, None, Found]:
+        """What there is of this partition; the states go into the arena."""
         bounds = self.transport.bounds(self.settings.state_topic, self.number)
-        values: dict[bytes, bytes] = {}
+        found, own = Found(), self.keeper.key("")
         for records in self.transport.read(self.settings.state_topic, self.number, bounds.first, bounds.end):
             for record in records:
-                if record.key is None or not record.key.startswith(self.keeper.key("")):
-                    continue
-                if record.value is None:
-                    values.pop(record.key, None)
-                else:
-                    values[record.key] = record.value
+                if record.key is not None and record.key.startswith(own):
+                    name = record.key.removeprefix(own).decode()
+                    found.drop(name)
+                    if record.value is not None:
+                        self._keep(found, name, record.value)
             yield
-        return values
+        return found
 
-    def _take_up(self, committed: Offset | None, values: Mapping[bytes, bytes]) -> Steps:
+    def _keep(self, found: Found, name: str, value: bytes) -> None:
+        if name.startswith("journal/"):
+            found.journals[name] = value
+            return
+        try:
+            found.snapshots[name], states = self.keeper.decode(name, value)
+        except LostStateError as error:  # which does not matter, if there is a later one
+            found.unfit[name] = str(error)
+        else:
+            with self.engine.lock:
+                self.engine.arena.load(self.number, found.snapshots[name].streams, states)
+
+    def _take_up(self, committed: Offset | None, found: Found) -> Steps:
         if committed is None:
-            yield from self._check_new(values)
+            yield from self._check_new(found)
             self._begin(None)
             return
         note = Note.decode(committed.note)
-        found = yield from self._found(values)
         self._check(committed.offset, note, found)
         self.note, self.offset = note, committed.offset
-        yield from self._load(found, note)
-        yield from self._replay(found.journal, note)
+        yield from self._adopt(found, note)
+        yield from self._replay(self._journal(found), note)
 
-    def _found(self, values: Mapping[bytes, bytes]) -> Generator[None, None, Found]:
-        found = Found()
-        for n, (key, value) in enumerate(values.items()):
-            if n % SNAPSHOTS_AT_ONCE == 0:
-                yield
-            name = key.removeprefix(self.keeper.key("")).decode()
-            if name.startswith("journal/"):
-                entries = decode_journal(value)
-                found.journal += entries
-                found.journals.append((key, max(entry.offset for entry in entries)))
-            else:
-                found.snapshots[name] = decode_snapshot(self.engine, self.number, name, value)
-        return found
+    def _journal(self, found: Found) -> list[Entry]:
+        journal = []
+        for name, value in found.journals.items():
+            entries = decode_journal(value)
+            journal += entries
+            self.keeper.journals.append((self.keeper.key(name), max(entry.offset for entry in entries)))
+        return journal
 
-    def _check_new(self, values: Mapping[bytes, bytes]) -> Steps:
+    def _check_new(self, found: Found) -> Steps:
         """The group has no offset here: then there must be no states, and the partition not new among old ones."""
-        if values:
+        if found.names:
             raise LostStateError(
                 f"{self.settings.state_topic} has states of partition {self.number}, but group"
                 f" {self.settings.group_id} has no committed offset for it: it has expired, or the group was deleted"
@@ -146,6 +163,8 @@ class Restore:
 
     def _check(self, offset: int, note: Note, found: Found) -> None:
         """Raises LostStateError, naming what is wrong, unless all that is needed is there and belongs together."""
+        for told in found.unfit.values():
+            raise LostStateError(told)
         self._check_partitions(note)
         topic, states = self.settings.observations_topic, self.settings.state_topic
         here = f"partition {self.number} of {topic}"
@@ -178,24 +197,32 @@ class Restore:
                 " than snapshot_interval_s"
             )
 
-    def _load(self, found: Found, note: Note) -> Steps:
+    def _adopt(self, found: Found, note: Note) -> Steps:
+        """Go on from these snapshots."""
         now_s = self._clock_s()
         buckets: dict[str, Bucket] = {}
         for n, (bits, snapshot) in enumerate(disjoint(found.snapshots)):
-            if n % SNAPSHOTS_AT_ONCE == 0:
+            if n % BUCKETS_AT_ONCE == 0:
                 yield
             bucket = buckets[bits] = Bucket(bits, set(), -1, now_s)
             bucket.written_s -= bucket.phase * self.settings.snapshot_interval_s
             if snapshot:
                 bucket.streams, bucket.offset = set(snapshot.streams), snapshot.offset
-                with self.engine.lock:
-                    self.engine.arena.load(self.number, snapshot.streams, snapshot.rows)
             if snapshot and bits not in found.snapshots:  # a half of one whose other half alone was written
                 bucket.dirty, bucket.written_s = note.replay, -math.inf
                 self.keeper.stale.append(self.keeper.key(snapshot.bits))
         self.keeper.buckets = buckets
-        self.keeper.journals = found.journals
         self.keeper.digest = digest_of(buckets.values())
+        self._forget_others(buckets.values())
+
+    def _forget_others(self, buckets: Iterable[Bucket]) -> None:
+        """Streams that were in a snapshot once, and ended before the latest."""
+        arena = self.engine.arena
+        gone = arena.streams(self.number).keys() - {stream for bucket in buckets for stream in bucket.streams}
+        with self.engine.lock:
+            for stream in gone:
+                arena.forget(StreamKey(self.number, stream))
+            arena.commit()
 
     def _replay(self, journal: Iterable[Entry], note: Note) -> Steps:
         partition = self.engine.partition(self.number)

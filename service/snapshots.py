@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
+import numpy as np
 import orjson
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from model.state import Rows
 from service.engine import Engine
 from service.errors import LostStateError
+from service.packing import Columns, Packing
 from service.partition import Decided, Entry, Mark
 from service.records import Outgoing
 from service.transport.contract import Offset
@@ -153,6 +150,7 @@ class Keeper:
 
     def __post_init__(self) -> None:
         self.settings = self.engine.settings
+        self.packing = Packing(self.engine.arena.schema)
         self.interval_s = self.settings.snapshot_interval_s
         if not self.buckets:
             self.buckets[""] = Bucket("", set(), -1, 0.0)
@@ -292,9 +290,9 @@ class Keeper:
     def _encode(self, bucket: Bucket) -> bytes:
         streams = sorted(bucket.streams)
         held = self.engine.arena.streams(self.number)
-        rows = torch.tensor([held[stream] for stream in streams], dtype=torch.int64)
+        rows = np.array([held[stream] for stream in streams], dtype=np.int64)
         with self.engine.lock:
-            state = self.engine.arena.gather(rows)
+            states = self.engine.arena.records(rows)
         described = {
             "format": FORMAT,
             "group": self.settings.group_id,
@@ -303,12 +301,23 @@ class Keeper:
             "bucket": bucket.bits,
             "model": self.engine.bundle.model_id,
             "offset": bucket.offset,
-            "streams": json.dumps(streams),
+            "streams": orjson.dumps(streams).decode(),
         }
-        return save(
-            {name: rows.contiguous() for name, rows in state.items()},
-            {name: str(value) for name, value in described.items()},
-        )
+        return self.packing.pack(states, {name: str(value) for name, value in described.items()})
+
+    def decode(self, bits: str, value: bytes) -> tuple[Snapshot, Columns]:
+        """A snapshot and its streams' states. Raises LostStateError for what this engine cannot go on from."""
+        where = f"bucket {bits!r} of partition {self.number} on {self.settings.state_topic}"
+        try:
+            states, told = self.packing.unpack(value)
+            snapshot = Snapshot(bits, int(told["offset"]), told["model"], orjson.loads(told["streams"]))
+            as_keyed = (told["format"], told["bucket"], told["partition"]) == (str(FORMAT), bits, str(self.number))
+            count = len(next(iter(states.values())))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LostStateError(f"{where} does not fit: {' '.join(str(error).split())}") from error
+        if not as_keyed or count != len(snapshot.streams):
+            raise LostStateError(f"{where} is another's")
+        return snapshot, states
 
 
 def digest_of(buckets: Iterable[Bucket | Snapshot]) -> int:
@@ -325,44 +334,17 @@ def digest_of(buckets: Iterable[Bucket | Snapshot]) -> int:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot as it came from the topic."""
+    """What a snapshot on the topic tells, beside its streams' states."""
 
     bits: str
     offset: int
     model: str
     streams: Sequence[str]
-    rows: Rows
 
     def part(self, bits: str) -> Snapshot:
         """Only those streams whose hashes begin with `bits`."""
-        kept = [n for n, stream in enumerate(self.streams) if hash_bits(stream).startswith(bits)]
-        return replace(
-            self, bits=bits, streams=[self.streams[n] for n in kept], rows={k: t[kept] for k, t in self.rows.items()}
-        )
-
-
-def decode_snapshot(engine: Engine, number: int, bits: str, value: bytes) -> Snapshot:
-    """Raises LostStateError for what this engine cannot go on from."""
-    try:
-        rows = load(value)
-        told = _metadata(value)
-        streams = json.loads(told["streams"])
-        count = engine.arena.schema.check(rows)
-        snapshot = Snapshot(bits, int(told["offset"]), told["model"], streams, rows)
-        as_keyed = (told["format"], told["bucket"], told["partition"]) == (str(FORMAT), bits, str(number))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        topic = engine.settings.state_topic
-        raise LostStateError(f"bucket {bits!r} of partition {number} on {topic} does not fit: {reason}") from error
-    if not as_keyed or count != len(streams):
-        raise LostStateError(f"bucket {bits!r} of partition {number} on {engine.settings.state_topic} is another's")
-    return snapshot
-
-
-def _metadata(value: bytes) -> Mapping[str, Any]:
-    """What a safetensors file tells of itself: its head, which `load` leaves out."""
-    length = int.from_bytes(value[:8], "little")
-    return dict(json.loads(value[8 : 8 + length]).get("__metadata__") or {})
+        kept = [stream for stream in self.streams if hash_bits(stream).startswith(bits)]
+        return replace(self, bits=bits, streams=kept)
 
 
 def decode_journal(value: bytes) -> list[Entry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from model.state import Schema, TensorSpec
@@ -74,6 +75,28 @@ def test_a_row_is_not_given_again_before_its_end_is_committed() -> None:
     row = heard(arena, A, 0)
     arena.forget(A)
     assert arena.add(A) != row
+
+
+def test_streams_are_given_states_whether_they_were_there_or_not_and_a_rollback_leaves_them() -> None:
+    arena = Arena(SCHEMA)
+    row = heard(arena, A, 3)
+    arena.commit()
+    changes = arena.changes
+    arena.load(0, ["b", "a"], {"offset": np.array([1, 2]), "h": np.full((2, 2), [[5.0], [6.0]], dtype=np.float32)})
+    assert arena.changes > changes
+    arena.rollback()
+    assert seen(arena) == {"b": (1, 5.0), "a": (2, 6.0)}
+    assert arena.find(A) == row
+    assert arena.add(C) not in {row, arena.find(B)}
+
+
+def test_records_are_the_rows_asked_for_copied() -> None:
+    arena = Arena(SCHEMA)
+    rows = np.array([heard(arena, key, offset, h) for offset, (key, h) in enumerate([(A, 1.0), (B, 2.0), (C, 3.0)])])
+    records = arena.records(rows[[2, 0]])
+    arena.reset(torch.from_numpy(rows))
+    assert records["offset"].tolist() == [2, 0]
+    assert records["h"].tolist() == [[3.0, 3.0], [1.0, 1.0]]
 
 
 def test_streams_go_with_their_partition_and_the_same_id_elsewhere_stays() -> None:

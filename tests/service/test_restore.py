@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from model.bundle import Bundle, load_bundle
 from service import engine as engine_module
@@ -236,6 +238,22 @@ def test_states_of_another_shape_are_named(bundle: Bundle, log: Log) -> None:
         live(bundle, log, history_steps=7)
 
 
+def test_a_damaged_state_that_was_written_anew_is_no_matter(bundle: Bundle, log: Log) -> None:
+    states = log.records[STATES, 1]
+    last = max(n for n, r in enumerate(states[:-1]) if r.key == states[-1].key)
+    states[last] = replace(states[last], value=b"garbage")
+    produce(log, range(30, 31))
+    live(bundle, log)
+    assert counts(log) == [31] * 4
+
+
+def test_a_stream_that_ended_does_not_come_back_from_a_state_that_was_written_before(bundle: Bundle, log: Log) -> None:
+    log.write(Outgoing(TOPIC, 1, b"s3", None))
+    live(bundle, log, snapshot_interval_s=0.05)
+    worker = live(bundle, log)
+    assert sorted(worker.engine.arena) == [(0, "s0"), (0, "s2"), (1, "s1")]
+
+
 def test_groups_may_share_a_state_topic(bundle: Bundle, log: Log) -> None:
     mine = log.offsets
     log.offsets = {}
@@ -262,6 +280,29 @@ def test_unchanged_buckets_are_not_written_again(bundle: Bundle, log: Log) -> No
     for _ in range(20):
         worker.turn()
     assert len(log.records[STATES, 0]) == written
+
+
+class Fresh(MemoryTransport):
+    """A transport that gives what it read away, as one does that fetches it."""
+
+    def read(self, topic: str, partition: int, first: int, end: int) -> Iterator[Sequence[Record]]:
+        for records in super().read(topic, partition, first, end):
+            yield [replace(r, value=bytes(bytearray(r.value or b""))) for r in records]
+
+
+def test_beside_the_states_themselves_there_is_no_second_copy_of_them_all(bundle: Bundle) -> None:
+    log = Log(2)
+    for n in range(4_000):
+        log.write(Outgoing(TOPIC, n % 2, b"s%d" % n, observation(0, 1.0)))
+    live(bundle, log, snapshot_interval_s=0.05)
+    worker = worker_of(Engine, bundle, Fresh(log, TOPIC))
+    tracemalloc.start()  # the arena lies where it does not look
+    while len(worker.live) < log.partitions:
+        worker.turn()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(worker.engine.arena) == 4_000
+    assert most < worker.engine.arena.state_bytes / 3
 
 
 class Slow(MemoryTransport):
