@@ -19,11 +19,10 @@ import torch
 from numpy.typing import NDArray
 from prometheus_client import generate_latest
 
-from deploy.bench.load import START_MS, new_engine, observation, process
+from deploy.bench.load import each_record, new_engine, process
 from deploy.bench.programs import usage
 from service.engine import Engine
 from service.metrics import Metrics
-from service.records import Record
 from service.settings import Settings
 
 POLL = 5_000
@@ -36,17 +35,12 @@ def run_in_turn(engine: Engine, step: int, order: NDArray[np.int64]) -> float:
     """One observation of every stream, in this order. -> records a second, making the records left out."""
     took_s, streams = 0.0, len(order)
     for start in range(0, streams, POLL):
-        polled = [_record(step * streams + int(n), streams) for n in order[start : start + POLL]]
+        polled = list(each_record(streams, (step * streams + order[start : start + POLL]).tolist()))
         began = time.perf_counter()
         process(engine, polled)
         engine.commit({record.partition: record.offset + 1 for record in polled})
         took_s += time.perf_counter() - began
     return streams / took_s
-
-
-def _record(n: int, streams: int) -> Record:
-    partition, key, value = observation(n, streams)
-    return Record("bench", partition, n, START_MS + 10**9, key, value)
 
 
 def copy_in_turn(row_bytes: int, order: NDArray[np.int64]) -> float:

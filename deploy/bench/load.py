@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,13 +132,16 @@ def observation(n: int, streams: int, partitions: int = PARTITIONS) -> tuple[int
     return stream % partitions, b"s%d" % stream, orjson.dumps(value)
 
 
-def make_records(streams: int, steps: int, first: int = 0) -> list[Record]:
-    """Observations as the worker sees them, in the order of time, from the step `first` on."""
-    return [
-        Record("bench", partition, n, START_MS + 10**9, key, value)
-        for n in range(first * streams, (first + steps) * streams)
-        for partition, key, value in [observation(n, streams)]
-    ]
+def make_records(streams: int, steps: int) -> list[Record]:
+    """Observations as the worker sees them, in the order of time."""
+    return list(each_record(streams, range(streams * steps)))
+
+
+def each_record(streams: int, numbers: Iterable[int]) -> Iterator[Record]:
+    """These observations, one by one: of a million streams they are not to be held all at once."""
+    for n in numbers:
+        partition, key, value = observation(n, streams)
+        yield Record("bench", partition, n, START_MS + 10**9, key, value)
 
 
 def load(settings: Settings, records: Iterable[Record]) -> None:
@@ -187,11 +191,11 @@ def connect(settings: Settings) -> Transport:
 
 
 @contextmanager
-def living(settings: Settings) -> Iterator[Worker]:
+def living(settings: Settings, clock_s: Callable[[], float] = time.monotonic) -> Iterator[Worker]:
     """A worker that is ready, for the length of a block."""
     engine = new_engine(settings)
     engine.warm()
-    worker = Worker(engine, lambda: connect(settings), settings, engine.metrics, lambda _: None)
+    worker = Worker(engine, lambda: connect(settings), settings, engine.metrics, lambda _: None, clock_s=clock_s)
     worker.begin_session()
     try:
         while not worker.ready:

@@ -113,6 +113,7 @@ def test_restore_and_memory_and_what_they_stand_beside(bootstrap_servers: str) -
     figures = run(tiny(bootstrap_servers, "restore", "memory"), quiet())
     (restored,), (resident,) = named(figures, "restore, with"), named(figures, "resident, a")
     assert restored.beside
+    assert all(figure.beside for figure in named(figures, "restored"))
     assert restored.note == "20 streams, 4 observations replayed"
     assert resident.limit == "declared bytes of a stream's state"
     (scraped,) = named(figures, "metrics written out, for a scrape")
