@@ -302,7 +302,7 @@ def test_beside_the_states_themselves_there_is_no_second_copy_of_them_all(bundle
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(worker.engine.arena) == 4_000
-    assert most < worker.engine.arena.state_bytes / 3
+    assert most < worker.engine.arena.state_bytes / 2
 
 
 class Slow(MemoryTransport):
