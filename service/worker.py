@@ -34,6 +34,7 @@ RECONNECT_S = 1.0
 EAGER_S = 0.002
 EAGER_SHARE = 0.5
 EARLY_SHARE = 0.2
+"""Of the time that Kafka gives a transaction, what a batch may take that is computed while one is open."""
 STILL_HERE_S = 5.0
 """Where there is nothing to commit for so long, an offset is committed again: only who commits finds out that another
 has taken its place, and must not go on answering over HTTP.

@@ -12,6 +12,7 @@ import numpy as np
 from kafka import KafkaConsumer, TopicPartition
 
 from deploy.bench.figures import Probe, Sample
+from deploy.bench.follow import COPIED_BYTES_MAX
 from deploy.bench.load import Bench, each_record, living, load, transports, turn_until
 from service.settings import Settings
 
@@ -22,8 +23,6 @@ NEVER_S = 1e9
 """A `snapshot_interval_s` after which nobody waits: when snapshots are written, the bench says."""
 REPLAYED = 5
 """A fifth of the streams have an observation that is in no snapshot, and is replayed."""
-COPIED_BYTES_MAX = 1 << 31
-"""The bare copy is of no more: it is far more than any cache holds."""
 READ = "bare read of the snapshots, kafka-python"
 COPIED = "bare copy of the states into memory not used before"
 

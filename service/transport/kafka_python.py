@@ -53,7 +53,9 @@ from service.transport.session import (
     READ_RECORDS,
     UNSETTLED_S,
     Watchdog,
+    fenced,
     fetch_wait_ms,
+    late,
     line,
     note_of,
     refused,
@@ -241,10 +243,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             with self._answered(what):
                 yield
         except (ProducerFencedError, InvalidProducerEpochError) as error:
-            soon_s = (self._began_s or 0.0) + self.settings.transaction_timeout_ms / 2000
-            if self.settings.slot and time.monotonic() < soon_s:
-                raise taken(self.settings) from error
-            raise DisconnectedError(f"Kafka aborted a transaction that took too long: {line(error)}") from error
+            raise fenced(self.settings, self._began_s or 0.0, line(error)) from error
 
     def _begin(self) -> None:
         if self._began_s is not None:
@@ -304,8 +303,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         while not all(future.is_done for _, future in self._sent):
             left_s = until_s - time.monotonic()
             if left_s <= 0:
-                topics = ", ".join(sorted({o.topic for o, _ in self._sent}))
-                raise DisconnectedError(f"records for {topics} could not be delivered within {self._limit_s:g} s")
+                raise late({o.topic for o, _ in self._sent}, self._limit_s)
             # Trap 14: it fails where a batch was too large for its topic, and is split, and goes on in two.
             with suppress(KafkaTimeoutError, UnknownError):
                 self._producer.flush(timeout=left_s)

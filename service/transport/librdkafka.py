@@ -42,7 +42,9 @@ from service.transport.session import (
     READ_RECORDS,
     UNSETTLED_S,
     Watchdog,
+    fenced,
     fetch_wait_ms,
+    late,
     line,
     note_of,
     refused,
@@ -370,16 +372,14 @@ class Librdkafka:
     def _give_up(self, error: KafkaError) -> None:
         """Abort a transaction that failed, and raise what is to be said of it, if that is not simply the error."""
         if error.code() in FENCED:
-            if self.settings.slot and time.monotonic() < (self._began_s or 0.0) + self._transaction_s / 2:
-                raise taken(self.settings)
-            raise DisconnectedError(f"Kafka aborted a transaction that took too long: {error.str()}")
+            raise fenced(self.settings, self._began_s or 0.0, error.str())
         if error.txn_requires_abort():
             self._abort()
         self._blame()
         if error.code() in MOVED_ON:
             raise AbortedError(error.str())
         if error.code() in SILENT and len(self._producer):
-            raise self._late()
+            raise late(self._topics, self._limit_s)
 
     def _send(self, outgoing: Sequence[Outgoing]) -> None:
         """Hand records to librdkafka, which sends them while it is given more. It has a bound: then wait for room."""
@@ -393,7 +393,7 @@ class Librdkafka:
                 except BufferError:
                     self._producer.poll(FULL_WAIT_S)
                     if self._left_s <= 0:
-                        raise self._late() from None
+                        raise late(self._topics, self._limit_s) from None
                 except KafkaException as error:
                     self._undelivered.append((len(o.value or b""), o.topic, error.args[0]))
                     raise
@@ -408,11 +408,7 @@ class Librdkafka:
         left = self._producer.flush(max(0.0, self._left_s))
         self._blame()
         if left:
-            raise self._late()
-
-    def _late(self) -> DisconnectedError:
-        topics = ", ".join(sorted(self._topics))
-        return DisconnectedError(f"records for {topics} could not be delivered within {self._limit_s:g} s")
+            raise late(self._topics, self._limit_s)
 
     def _blame(self) -> None:
         """Raise what it means that a record failed. Of several the largest is to blame: others fail with it."""

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from model.errors import CarouselError
@@ -41,6 +41,20 @@ def fetch_wait_ms(settings: Settings) -> int:
 def taken(settings: Settings) -> ServiceError:
     """What to tell the operator of the older one of two workers of one slot."""
     return ServiceError(f"another worker has taken slot {settings.slot!r} of group {settings.group_id}: this one ends")
+
+
+def fenced(settings: Settings, began_s: float, told: str) -> CarouselError:
+    """What it means that Kafka takes no more of a transaction that began then, by `time.monotonic`: right away only
+    another worker of the same slot can be why.
+    """
+    if settings.slot and time.monotonic() < began_s + settings.transaction_timeout_ms / 2000:
+        return taken(settings)
+    return DisconnectedError(f"Kafka aborted a transaction that took too long: {told}")
+
+
+def late(topics: Iterable[str], limit_s: float) -> DisconnectedError:
+    """What to tell of records that are not with the broker in time."""
+    return DisconnectedError(f"records for {', '.join(sorted(topics))} could not be delivered within {limit_s:g} s")
 
 
 def note_of(metadata: str | None) -> str:
