@@ -188,6 +188,7 @@ def _model(follower: Follower) -> Array:
         "blends": share > 0,
         "rank": config.rank,
         "lags": forecaster.regression.lags,
+        "every": forecaster.regression.every,
         "phases": forecaster.regression.phases,
         "step_ms": config.step_ms or 0,
         "day_ms": DAY_MS,

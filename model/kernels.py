@@ -22,7 +22,7 @@ import numba
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
-from numba.core.cgutils import get_or_insert_function
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -66,6 +66,22 @@ def _fetching(_: Any, array: Any, place: Any) -> Any:
 _fetch: Any = intrinsic(_fetching)
 
 
+def _sliding(_: Any, line: Any, by: Any) -> Any:  # noqa: ARG001 - its type is given below
+    """line[:-by] = line[by:], where they lie. The compiler itself would go number by number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        numbers = builder.sub(builder.extract_value(array.shape, 0), arguments[1])
+        source = builder.gep(array.data, [arguments[1]])
+        cgutils.raw_memmove(builder, array.data, source, numbers, array.itemsize)
+        return context.get_dummy_value()
+
+    return types.void(line, types.int64), generate
+
+
+_slide: Any = intrinsic(_sliding)
+
+
 INT, FLOAT, SINGLE = np.int64, np.float64, np.float32
 
 OFFSETS = np.dtype(
@@ -84,7 +100,7 @@ MODEL = np.dtype(
     [
         *((name, INT) for name in ("past", "season", "context", "horizon", "count", "warmup", "yearly")),
         *((name, INT) for name in ("cell", "hidden", "layers", "inputs", "middle", "low", "high", "calibrates")),
-        *((name, INT) for name in ("blends", "rank", "lags", "phases", "step_ms", "day_ms", "week_shift_ms")),
+        *((name, INT) for name in ("blends", "rank", "lags", "every", "phases", "step_ms", "day_ms", "week_shift_ms")),
         *((name, FLOAT) for name in ("memory", "year_ms", "clip", "prior", "floor", "tiny", "share")),
         *((name, FLOAT) for name in ("learning_memory", "learning_prior")),
         *((name, FLOAT) for name in ("mood", "mood_steps", "absurd", "smooth", "limit", "soft", "usual")),
@@ -258,7 +274,7 @@ def _tiling(_: Any, left: Any, row: Any, panel: Any, out: Any, column: Any) -> A
 
         index, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), _LANES)
         none = ir.Constant(vector, ir.Undefined)
-        declared: Any = get_or_insert_function
+        declared: Any = cgutils.get_or_insert_function
         fma = declared(builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_LANES}f32")
 
         def lines(of: Any) -> list[Any]:
@@ -332,19 +348,20 @@ def perceive(
     standard: Array,
     first: Array,
     seen: tuple[Array, ...],
-) -> None:
+) -> Any:
     """`Features.forward`, for each row: the state as far as it goes, and what the matrix products want.
 
     standard [2, covariates]: means and deviations. first [2, layers x hidden]: h and C of a new stream. seen, to be
     filled: inputs [n, F + hidden], the first layer's, h behind x; upper [layers, n, 2 hidden], the others', h only,
-    from number 1 on; looks [n, L + H], the shortcut's; regressors [2 n, lags], of now and, below, of H steps ago;
-    levels [n]; times [6], in which those of a year that is not looked at stay 0.
+    from number 1 on; looks [n, L + H], the shortcut's; regressors [2 n, lags], of now and, below, of H steps ago for
+    those that learn now; levels [n]; times [6], in which those of a year that is not looked at stay 0. -> how many
+    rows of the regressors those are.
     """
     a, m = at[0], model[0]
     inputs, upper, looks, regressors, levels, times = seen
     all64, all32, integers = block.view(np.float64), block.view(np.float32), block.view(np.int64)
     told_ms = ts_ms[0] - 1
-    n = len(rows)
+    n = regressed = len(rows)
     for i in range(n):
         r64, r32, row = all64[rows[i]], all32[rows[i]], integers[rows[i]]
         following, third = block[rows[min(i + 1, n - 1)]], 8 * (m.past + 7) // 3 + 1
@@ -375,8 +392,10 @@ def perceive(
         fetch(following, 4 * a.h, 4 * m.layers * m.hidden)
         if m.blends:
             regress(m, known, 0, scale, regressors[i])
-            if m.rank:
-                regress(m, known, m.horizon, scale, regressors[n + i])
+            if learns(m, row[a.steps], values[i]):
+                regress(m, known, m.horizon, scale, regressors[regressed])
+                regressed += 1
+    return regressed
 
 
 @compiled
@@ -396,8 +415,7 @@ def fill(known: Array, value: Any, season: Any) -> Any:
     """Let a value join those known, or where it is missing the one a season before. -> that."""
     last = len(known) - 1
     naive = known[len(known) - season]
-    for j in range(last):
-        known[j] = known[j + 1]
+    _slide(known, 1)
     known[last] = value if value == value else naive
     return naive
 
@@ -578,6 +596,12 @@ def order(m: Any, raw: Array, bias: Array, location: Array, shift: Array, quanti
 
 
 @compiled
+def learns(m: Any, steps: Any, value: Any) -> Any:
+    """Whether `Regression._learn` learns at this step, unless a value before it was missing."""
+    return value == value and m.rank and steps >= m.lags + m.horizon and steps % m.every == 0
+
+
+@compiled
 def regress(m: Any, known: Array, ago: Any, scale: Any, regressors: Array) -> None:
     """The lags among `Regression.regressors`."""
     window = known[m.past - ago - m.lags : m.past - ago]
@@ -604,10 +628,8 @@ def complete(m: Any, ts_ms: Any, parts: Array, rest: Array) -> None:
 
 
 @compiled
-def learn(a: Any, m: Any, r64: Array, steps: Any, value: Any, parts: Array, missed: Array) -> None:
+def learn(a: Any, m: Any, r64: Array, parts: Array, missed: Array) -> None:
     """`Regression._learn`: gram and moment of a row, from parts [(1 + r) x H] of H steps ago."""
-    if not (value == value and steps >= m.lags + m.horizon):
-        return
     scale, known = r64[a.scale], r64[a.values : a.values + m.past]
     start, targets = known[m.past - m.horizon - 1], known[m.past - m.horizon :]
     total = start
@@ -616,14 +638,14 @@ def learn(a: Any, m: Any, r64: Array, steps: Any, value: Any, parts: Array, miss
         missed[h] = SINGLE(min(max((targets[h] - start) / scale, -m.clip), m.clip)) - parts[h]
     if total != total:  # one was unknown
         return
-    keep = 1 - 1 / m.learning_memory
+    evidence, keep = float(m.every), 1 - m.every / m.learning_memory
     gram, moment = r64[a.gram : a.gram + m.rank * m.rank], r64[a.moment : a.moment + m.rank]
     for k in range(m.rank):
         along = parts[(1 + k) * m.horizon : (2 + k) * m.horizon]
-        moment[k] = moment[k] * keep + dot(along, missed)
+        moment[k] = moment[k] * keep + evidence * dot(along, missed)
         for other in range(k + 1):
             term = dot(along, parts[(1 + other) * m.horizon : (2 + other) * m.horizon])
-            gram[k * m.rank + other] = gram[k * m.rank + other] * keep + term
+            gram[k * m.rank + other] = gram[k * m.rank + other] * keep + evidence * term
             gram[other * m.rank + k] = gram[k * m.rank + other]
 
 
@@ -689,8 +711,7 @@ def pass_on(line: Array, places: Array, width: Any, left: Array) -> None:
     for k in range(places.shape[1]):
         for j in range(width):
             left[k, j] = line[places[0, k] * width + j]
-    for j in range(len(line) - width):
-        line[j] = line[j + width]
+    _slide(line, width)
 
 
 # --- calibration.py ---------------------------------------------------------------------------------------------------
@@ -821,8 +842,9 @@ def follow(
     """From what the matrix products say to the forecasts and the rest of the state: `Forecaster.forecast` and `blend`,
     then `Follower.advance`.
 
-    heard: raw [n, Q x H], location [n, H], parts [2 n, (1 + r) x H]. head: bias [Q x H], shift [H], rest, spread
-    [Q, H]. lines: places [2, K], horizons [K], gain [K, 2], share [2], between [K, H], levels [Q], weights [6].
+    heard: raw [n, Q x H], location [n, H], parts [2 n, (1 + r) x H], of which those behind n are of who learns now.
+    head: bias [Q x H], shift [H], rest, spread [Q, H]. lines: places [2, K], horizons [K], gain [K, 2], share [2],
+    between [K, H], levels [Q], weights [6].
     scratch: as `model.fused` makes it. found, to be filled: issued [n, Q, H], sums [K, 5], anomaly [n], opened [n, Q].
     """
     a, m = at[0], model[0]
@@ -835,17 +857,19 @@ def follow(
     )
     all64, all32, integers = block.view(np.float64), block.view(np.float32), block.view(np.int64)
     count, number, horizon = m.count, len(horizons), m.horizon
-    n, width = len(rows), places[1, number - 1] + 1
-    for i in range(n):
+    regressed, width = len(rows), places[1, number - 1] + 1
+    for i in range(len(rows)):
         r64, r32, steps = all64[rows[i]], all32[rows[i]], integers[rows[i]][a.steps]
         scale, base = r64[a.scale], r64[a.base : a.base + horizon]
 
         order(m, raw[i], bias, location[i], shift, quantiles, softened)
         if m.blends:
             complete(m, ts_ms[i], parts[i], rest)
+            if learns(m, steps, values[i]):
+                complete(m, ts_ms[i] - horizon * m.step_ms, parts[regressed], rest)
+                learn(a, m, r64, parts[regressed], missed)
+                regressed += 1
             if m.rank:
-                complete(m, ts_ms[i] - horizon * m.step_ms, parts[n + i], rest)
-                learn(a, m, r64, steps, values[i], parts[n + i], missed)
                 gram, moment = r64[a.gram : a.gram + m.rank * m.rank], r64[a.moment : a.moment + m.rank]
                 solve(gram, moment, m.learning_prior, factor, own)
             blend(a, m, r64, levels[i], steps, parts[i], own, spread, quantiles)
@@ -958,7 +982,7 @@ def step(
         stop = min(start + len(levels), len(rows))
         piece, size = rows[start:stop], stop - start
         wanted = values[start:stop], ts_ms[start:stop], covariates[start:stop]
-        perceive(at, model, block, piece, *wanted, standard, initial, seen)
+        regressed = perceive(at, model, block, piece, *wanted, standard, initial, seen)
         for layer in range(m.layers):
             if layer == 0:
                 multiply(first, first_weights, sums, size)
@@ -974,7 +998,7 @@ def step(
         multiply(top, head_weights, raw, size)
         multiply(looks, shortcut, location, size)
         if m.blends:
-            multiply(regressors, maps, parts, 2 * size if m.rank else size)
+            multiply(regressors, maps, parts, regressed)
         follow(
             *(at, model, block, piece, values[start:stop], ts_ms[start:stop], levels),
             *(heard, head, lines, scratch),

@@ -10,6 +10,8 @@ What is missing counts as what it was filled with, and nothing is learnt at a st
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,6 +25,17 @@ MEMORY = 4000
 """Steps over which a stream's own coefficients forget."""
 PRIOR = 100.0
 """How many squared units of evidence (the scale's, over all H steps) it takes to believe half in a coefficient."""
+EVERY_MOST = 5
+
+
+def learnt_every(horizon: int, season: int) -> int:
+    """Each how many-th step is learnt from. The H values up to a step are nearly those up to the step before, so little
+    is lost with those between; but in time with the season, only some of its phases would ever be seen.
+
+    >>> learnt_every(24, season=24), learnt_every(24, season=5), learnt_every(1, season=24)
+    (5, 4, 1)
+    """
+    return max(n for n in range(1, EVERY_MOST + 1) if 2 * n <= max(horizon, 2) and math.gcd(n, season) == 1)
 
 
 class Regression(nn.Module):
@@ -40,6 +53,7 @@ class Regression(nn.Module):
         super().__init__()
         self.config = config
         self.lags = min(config.context, LAGS_MAX)
+        self.every = learnt_every(config.horizon, config.season)
         # A grid with holes has no calendar here: the time H steps ago is not told by the time now.
         clocked = config.grid is not None and config.grid.period == 1 and config.season > 1
         self.phases = min(config.season, PHASES_MAX) if clocked else 0
@@ -96,18 +110,20 @@ class Regression(nn.Module):
         return (regressors @ self.maps.flatten(1)).view(*regressors.shape[:-1], *self.maps.shape[1:])
 
     def _learn(self, state: Rows, seen: Seen, block: Block) -> tuple[Tensor, Tensor]:
-        """What is known of the coefficients after each step: it settles the forecast of H steps before, taken in
-        the scale of now. -> gram [B, T, r, r], moment [B, T, r] float64.
+        """What is known of the coefficients after each step: every n-th settles the forecast of H steps before, taken
+        in the scale of now, and stands for n. -> gram [B, T, r, r], moment [B, T, r] float64.
         """
         horizon, rank = self.config.horizon, self.config.rank
         parts, targets = self._mapped(self.regressors(seen, block.ts_ms, horizon)), self.targets(seen)
         steps = state["steps"][:, None] + torch.arange(1, block.steps + 1)
-        counts = (steps >= self.lags + horizon) & ~block.values.isnan() & ~targets.isnan().any(-1)
+        counts = (steps >= self.lags + horizon) & (steps % self.every == 0)
+        counts &= ~block.values.isnan() & ~targets.isnan().any(-1)
+        evidence = self.every * counts.double()
         missed, along = (targets - parts[..., 0, :]).nan_to_num(0.0), parts[..., 1:, :]
         # [B, T, r, r + 1]: both sums are taken in one.
         terms = along @ torch.cat((along, missed[..., None, :]), dim=-2).mT
-        terms = (terms.double() * counts[..., None, None]).flatten(2).mT.flatten(0, 1)
-        keep = (1 - counts.double() / MEMORY).repeat_interleave(rank * (rank + 1), dim=0)
+        terms = (terms.double() * evidence[..., None, None]).flatten(2).mT.flatten(0, 1)
+        keep = (1 - evidence / MEMORY).repeat_interleave(rank * (rank + 1), dim=0)
         before = torch.cat((state["gram"], state["moment"][..., None]), dim=-1).flatten()
         sums = forgetting_sum(before, terms, keep).view(-1, rank, rank + 1, block.steps).movedim(-1, 1)
         return sums[..., :-1], sums[..., -1]

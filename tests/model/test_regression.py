@@ -127,6 +127,27 @@ def test_a_stream_learns_once_a_context_and_a_horizon_are_known() -> None:
     assert early["gram"] == 0 < now["gram"]
 
 
+def test_of_a_long_horizon_each_fifth_step_is_learnt_from_and_stands_for_five() -> None:
+    """Their truths overlap, so that is nearly what learning from all of them comes to."""
+    config = dataclasses.replace(CONFIG, horizon=24, rank=1)
+    forecaster, sums = random_forecaster.__wrapped__(config), {}
+    forecaster.regression.maps.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    forecaster.regression.share.fill_(0.5)
+    assert forecaster.regression.every == 5
+    block = block_of(follows([0.9], 2000))
+    for every in (5, 1):
+        forecaster.regression.every = every
+        _, before = forecaster.advance(forecaster.initial_state(1), part_of(block, 0, 1994))
+        _, still = forecaster.advance(before, part_of(block, 1994, 1999))  # 1,995 to 1,999: the first is a fifth one
+        _, after = forecaster.advance(still, part_of(block, 1999, 2000))
+        sums[every] = after["gram"].item()
+        assert not torch.equal(before["gram"], still["gram"])
+        assert not torch.equal(still["gram"], after["gram"])
+        _, between = forecaster.advance(before, part_of(block, 1994, 1995))
+        assert torch.equal(between["gram"], still["gram"]) == (every == 5)
+    assert sums[5] == pytest.approx(sums[1], rel=0.1)
+
+
 def test_what_is_learnt_at_a_step_is_what_was_seen_a_horizon_before_it_in_the_scale_of_now() -> None:
     forecaster = random_forecaster(dataclasses.replace(CONFIG, grid=Grid(HOUR_MS), season=24))
     horizon, regression = CONFIG.horizon, forecaster.regression
