@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,12 @@ def test_rounding_is_far_below_the_scale_and_keeps_the_order(scale: float, offse
     got = rounded(values, decimals_of(np.array([scale])))
     assert np.abs(got - values).max() <= 1e-5 * scale
     assert (np.diff(got) >= 0).all()
+
+
+@given(st.floats(1e-8, 1e19))
+def test_of_a_scale_five_digits_behind_its_first_are_told(scale: float) -> None:
+    (decimals,) = decimals_of(np.array([scale])).tolist()
+    assert 10**5 <= Fraction(scale) * Fraction(10) ** decimals < 10**6
 
 
 def issued(seed: int, streams: int = 40) -> Issued:
