@@ -1,14 +1,16 @@
 """Forecasts out: what the forecasts topic and HTTP tell of them, and its bytes.
 
-Numbers are told to five digits of their stream's scale: more would only be noise, and bytes. Writing them is the
+Numbers are told to five digits of their stream's scale: more would only be noise, and bytes. Writing them would be the
 dearest part of a record; where numba is installed, `service.digits` does it for a whole wave at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -16,6 +18,9 @@ from numpy.typing import NDArray
 
 from model.config import ModelConfig
 from model.grid import Int64s
+
+if TYPE_CHECKING:
+    from service.digits import Form
 
 DIGITS = 5
 """Of a stream's scale."""
@@ -74,27 +79,20 @@ def rounded(values: Float64s, decimals: Int64s) -> Float64s:
     return np.asarray(np.rint(values * up / down) / up * down)
 
 
-def _compiled_writer() -> Callable[[Float64s, Int64s, Sequence[str]], Iterator[bytes | None]] | None:
+def _compiled_form() -> type[Form] | None:
     try:
-        from service.digits import write
+        from service.digits import Form
     except ImportError:  # without the extra `fast`
         return None
-    return write
+    return Form
 
 
-def _texts(column: NDArray[Any]) -> list[bytes]:
-    """Each number of a column as JSON; null for NaN.
-
-    >>> _texts(np.array([1.5, np.nan]))
-    [b'1.5', b'null']
-    """
-    return orjson.dumps(column.tolist())[1:-1].split(b",") if len(column) else []
-
-
-TOLD = 6
-"""Fields before the numbers that differ from record to record."""
-_MARKS = [f"{{field {n}}}" for n in range(TOLD)]
-"""What stands for them where a record is made ready to be filled in: an id of a model is no such text."""
+FIELD, NUMBERS = "{field}", "{numbers}"
+"""Stand where a record has them, until it is cut up there: an id of a model is no such text."""
+FIELDS = 6
+"""Before the numbers that differ from record to record."""
+FORMS_KEPT = 64
+"""One for each choice of quantiles."""
 
 
 class Teller:
@@ -122,9 +120,10 @@ class Teller:
         if any(not 1 <= horizon <= config.horizon for horizon in horizons):
             raise ValueError(f"the model forecasts the steps 1 ... {config.horizon}, not {list(horizons)}")
         self._columns = [known.index(key) for key in self.keys] if quantiles else None
-        self.write = _compiled_writer() if compiled else None
         self._ahead = [horizon - 1 for horizon in horizons] if horizons else None
-        self._record = self._ready()
+        form = _compiled_form() if compiled else None
+        self.form = lru_cache(maxsize=FORMS_KEPT)(partial(self._form, form)) if form else None
+        """The record with some of the quantiles, by their numbers."""
 
     def describe(self, issued: Issued) -> Iterator[dict[str, Any]]:
         """The fields of each forecast's record."""
@@ -136,40 +135,34 @@ class Teller:
 
     def encode(self, issued: Issued) -> list[bytes]:
         """The same fields of each forecast's record, as JSON."""
-        if self.write is None:
+        if self.form is None:
             return [orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY) for fields in self.describe(issued)]
-        numbers = self.write(self._values(issued), self._decimals(issued), self.keys)
-        return [text or self._encode_odd(issued, n) for n, text in enumerate(self._written(issued, numbers))]
+        texts = self._fill(self.form(*range(len(self.keys))), issued, self._values(issued))
+        return [text or self._encode_odd(issued, n) for n, text in enumerate(texts)]
 
-    def encode_cut(
-        self, issued: Issued, horizon: int, chosen: Sequence[int], times_ms: Sequence[int] | None
-    ) -> bytes | None:
-        """Of one forecast its first steps and some of its quantiles, by their numbers, with the times of its steps, as
-        JSON; None where nothing but `describe` can tell it.
+    def encode_cut(self, issued: Issued, horizon: int, chosen: Sequence[int], times: bytes) -> bytes | None:
+        """Of one forecast its first steps and some of its quantiles, by their numbers, as JSON; times: JSON, too. None
+        where nothing but `describe` can tell it.
         """
-        if self.write is None:
+        if self.form is None:
             return None
-        values = issued.values[:, :horizon].transpose(0, 2, 1)
+        values = issued.values.transpose(0, 2, 1)[..., :horizon]
         if len(chosen) < len(self.keys):
             values = values[:, chosen]
-        numbers = self.write(values, self._decimals(issued), [self.keys[n] for n in chosen])
-        times = orjson.dumps(times_ms and times_ms[:horizon])
-        (text,) = self._written(issued, numbers, b',"timestamps":' + times)
-        return text
+        (text,) = self._fill(self.form(*chosen), issued, values)
+        return text and b'%b,"timestamps":%b}' % (text[:-1], times)
 
-    def _written(self, issued: Issued, numbers: Iterator[bytes | None], more: bytes = b"") -> Iterator[bytes | None]:
-        """The records with these numbers, which are JSON already; None for one without. more: members at the end."""
-        streams = map(orjson.dumps, issued.streams)
-        status = [b"live" if live else b"warming" for live in issued.live.tolist()]
-        rows = zip(streams, *map(_texts, self._columns_of(issued)), numbers, status, strict=True)
-        return (self._record % (*row, more) if row[TOLD] else None for row in rows)
+    def _fill(self, form: Form, issued: Issued, values: Float64s) -> Iterator[bytes | None]:
+        """The records with these numbers, [B, Q, H]; None for one with more digits than are written so."""
+        status = ["live" if live else "warming" for live in issued.live.tolist()]
+        return form.fill((issued.streams, *self._columns_of(issued), status), values, self._decimals(issued))
 
-    def _ready(self) -> bytes:
-        """A record, to be filled in with what differs from one to the other."""
-        text = orjson.dumps(self._fields(*_MARKS)).replace(b"%", b"%%")
-        for mark in _MARKS:
-            text = text.replace(orjson.dumps(mark), b"%b")
-        return text[:-1] + b',"quantiles":{%b},"status":"%b"%b}'
+    def _form(self, form: type[Form], *chosen: int) -> Form:
+        """A record with these quantiles, to be filled in with what differs from one to the other."""
+        fields = self._fields(*[FIELD] * FIELDS)
+        text = orjson.dumps({**fields, "quantiles": {self.keys[n]: [NUMBERS] for n in chosen}, "status": FIELD})
+        pieces = re.split(b'"(%b|%b)"' % (FIELD.encode(), NUMBERS.encode()), text)
+        return form(pieces[::2], [hole == NUMBERS.encode() for hole in pieces[1::2]])
 
     def _encode_odd(self, issued: Issued, number: int) -> bytes:
         """One with more digits than are written so."""
@@ -178,7 +171,8 @@ class Teller:
 
     def _columns_of(self, issued: Issued) -> tuple[NDArray[Any], ...]:
         """What is told of each before the numbers, beside its stream."""
-        return issued.ts_ms, issued.slot, issued.count, issued.observed, np.round(issued.anomaly, 3)
+        anomaly = np.rint(issued.anomaly * 1e3) / 1e3  # half the time of np.round
+        return issued.ts_ms, issued.slot, issued.count, issued.observed, anomaly
 
     def _fields(self, stream: Any, ts_ms: Any, slot: Any, count: Any, observed: Any, anomaly: Any) -> dict[str, Any]:
         fields = {
@@ -195,8 +189,9 @@ class Teller:
 
     def _values(self, issued: Issued) -> Float64s:
         """The numbers that are told, [B, Q, H]."""
-        values = issued.values if self._ahead is None else issued.values[:, self._ahead]
-        return (values if self._columns is None else values[..., self._columns]).transpose(0, 2, 1)
+        values = issued.values.transpose(0, 2, 1)
+        values = values if self._columns is None else values[:, self._columns]
+        return values if self._ahead is None else values[..., self._ahead]
 
     def _decimals(self, issued: Issued) -> Int64s:
         return decimals_of(issued.scale) if self.decimals is None else np.full(len(issued.scale), self.decimals)

@@ -56,6 +56,7 @@ class Predictor:
         self.max_steps = engine.settings.max_history_steps
         self._standing = Standing(engine.follower, compiled=engine.compiled is not None)
         self._times = lru_cache(maxsize=SLOTS_KEPT)(self._times_after)
+        self._times_json = lru_cache(maxsize=SLOTS_KEPT)(self._encode_times)
         self._turns = threading.BoundedSemaphore(AT_ONCE)
 
     def predict(self, request: PredictRequest, partitions: Partitions | None = None) -> Fields:
@@ -92,7 +93,7 @@ class Predictor:
         horizon, quantiles = self._horizon(request), self._quantiles(request)
         issued = self._issued(request.stream, state, raw=request.raw)
         chosen = [n for n, key in enumerate(self.engine.quantile_keys) if key in quantiles]
-        text = self.engine.teller.encode_cut(issued, horizon, chosen, self._times(issued.slot.item()))
+        text = self.engine.teller.encode_cut(issued, horizon, chosen, self._times_json(issued.slot.item(), horizon))
         return text or orjson.dumps(self.cut(request, state), option=orjson.OPT_SERIALIZE_NUMPY)
 
     def tell(self, stream: str | None, state: Arrays, *, raw: bool = False) -> Fields:
@@ -110,6 +111,10 @@ class Predictor:
         """The times of the horizon's steps: the same for all streams that were last heard in the same slot."""
         grid = self.config.grid
         return grid.time_of(slot + np.arange(1, self.config.horizon + 1)).tolist() if grid else None
+
+    def _encode_times(self, slot: int, horizon: int) -> bytes:
+        times_ms = self._times(slot)
+        return orjson.dumps(times_ms and times_ms[:horizon])
 
     def _horizon(self, request: PredictRequest) -> int:
         most = self.config.horizon

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -54,9 +56,42 @@ def plain(fields: dict[str, Any]) -> dict[str, Any]:
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_bytes_of_a_record_hold_the_fields_that_http_tells(compiled: bool, seed: int) -> None:
     teller, some = Teller("model@1", CONFIG, compiled=compiled), issued(seed)
-    assert (teller.write is not None) == compiled, "without numba numbers are written by orjson"
+    assert (teller.form is not None) == compiled, "without numba numbers are written by orjson"
     told = [json.loads(value) for value in teller.encode(some)]
     assert told == [plain(fields) for fields in teller.describe(some)]
+
+
+@pytest.mark.parametrize("streams", [0, 1, 128, 129, 300])
+def test_in_a_wave_of_any_size_each_record_has_its_own_numbers(streams: int) -> None:
+    """Long ones are written in pieces, and here some records have more digits than are written at once."""
+    teller, some = Teller("model@1", CONFIG, compiled=True), issued(3, streams)
+    assert [json.loads(value) for value in teller.encode(some)] == [*map(plain, teller.describe(some))]
+
+
+@pytest.mark.parametrize("decimals", range(9))
+def test_the_digits_of_a_number_are_those_that_python_writes(decimals: int) -> None:
+    """Of both signs, of all lengths that a float has digits for, and where they turn over."""
+    random = np.random.default_rng(decimals)
+    first = 10 ** random.integers(0, min(8, 15 - decimals) + 1, 3_000) - 1
+    values = random.choice([-1, 1], 3_000) * (first * 10**decimals + random.integers(0, 9, 3_000)) / 10**decimals
+    some = replace(issued(decimals, 200), values=values.reshape(200, 5, 3))
+    written = Teller("m", CONFIG, decimals=decimals, compiled=True).encode(some)
+    for value, numbers in zip(written, some.values, strict=True):
+        for column, key in enumerate(("0.1", "0.5", "0.975")):
+            told = ",".join(f"{number:.{max(decimals, 1)}f}" for number in numbers[:, column].tolist())
+            assert f'"{key}":[{told}]' in value.decode()
+
+
+def test_the_first_steps_and_some_quantiles_of_a_record_are_those_of_the_whole() -> None:
+    teller, told = Teller("m", CONFIG, compiled=True), 0
+    for one in map(issued, range(30), repeat(1)):
+        (whole,) = map(plain, teller.describe(one))
+        for horizon, chosen in ((5, (0, 1, 2)), (2, (0, 2)), (1, (1,))):
+            if text := teller.encode_cut(one, horizon, chosen, b"[7]"):
+                quantiles = {key: whole["quantiles"][key][:horizon] for key in map(teller.keys.__getitem__, chosen)}
+                assert json.loads(text) == {**whole, "quantiles": quantiles, "timestamps": [7]}
+                told += 1
+    assert told > 20, "only what has too many digits is left to `describe`"
 
 
 def test_only_the_quantiles_horizons_and_decimals_asked_for_are_told() -> None:
