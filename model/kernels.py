@@ -73,7 +73,8 @@ def _sliding(_: Any, line: Any, by: Any) -> Any:  # noqa: ARG001 - its type is g
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         numbers = builder.sub(builder.extract_value(array.shape, 0), arguments[1])
         source = builder.gep(array.data, [arguments[1]])
-        cgutils.raw_memmove(builder, array.data, source, numbers, array.itemsize)
+        move: Any = cgutils.raw_memmove
+        move(builder, array.data, source, numbers, array.itemsize)
         return context.get_dummy_value()
 
     return types.void(line, types.int64), generate

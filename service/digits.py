@@ -52,13 +52,15 @@ class Form:
         self, columns: Sequence[Sequence[Any] | NDArray[Any]], values: NDArray[np.float64], decimals: Int64s
     ) -> Iterator[bytes | None]:
         """B records, of their fields, in columns of B, and their lists [B, Q, H], to so many decimals [B]; None for one
-        whose numbers do not fit.
+        whose numbers do not fit. Raises ValueError if columns are not equally long.
 
         >>> form = Form([b'{"stream":', b',"low":[', b'],"high":[', b"]}"], [False, True, True])
         >>> numbers = np.array([[[12.345, -0.005], [0.0, 1.00049]], [[0.0, 1e9], [0.0, 0.0]]])
         >>> [*form.fill([["a", "b"]], numbers, np.array([3, 3]))]
         [b'{"stream":"a","low":[12.345,-0.005],"high":[0.000,1.000]}', None]
         """
+        if {len(values), len(decimals), *map(len, columns)} != {len(values)}:
+            raise ValueError("columns must be equally long")  # the loops would read past their ends
         fields = orjson.dumps(columns, option=LINES)
         count = values.shape[1] * values.shape[2]
         numbers = np.ascontiguousarray(values).reshape(len(values), count)
