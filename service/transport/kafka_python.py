@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any, NoReturn
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -69,6 +70,10 @@ log = logging.getLogger(__name__)
 BOOTSTRAP_TIMEOUT_MS = 5_000
 JOIN_POLL_MS = 100
 CLOSE_TIMEOUT_S = 5
+REST_WAIT_MS = 250
+"""How long a fetch may wait while nothing comes. Each takes a millisecond of Python, and whoever asks this worker over
+HTTP waits for it; what the consumer asks besides may wait behind it.
+"""
 
 
 class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -87,6 +92,9 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
             "reconnect_backoff_max_ms": 1_000,  # by default a broker that is back may be overlooked for half a minute
         }
+        self._wait_ms = fetch_wait_ms(settings)
+        self._rests = False
+        """Whether fetches wait long, and end with the first record: for as long as nothing comes."""
         self._watchdog = Watchdog(DEADLINE_S)
         self._noted = threading.Lock()
         self._assigned: set[int] = set()
@@ -139,7 +147,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         )
 
     def _new_consumer(self) -> KafkaConsumer:
-        settings, wait_ms = self.settings, fetch_wait_ms(self.settings)
+        settings, wait_ms = self.settings, self._wait_ms
         consumer = KafkaConsumer(
             **self._common,
             group_id=settings.group_id,
@@ -192,7 +200,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             if coordinator._join_task and coordinator._join_task.is_done:
                 coordinator._join_task = _Ended(coordinator._join_task)
         with self._answered(f"polling {self.topic}"), self._watchdog.over("a poll"):
-            polled = self._consumer.poll(timeout_ms, max_records=max_records)
+            polled = self._fetched(timeout_ms, max_records)
         self._check_settled()
         self._check_url()
         if not self.partitions:  # trap 8, before it has us
@@ -201,8 +209,29 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             assigned, self._assigned = frozenset(self._assigned), set()
             revoked, self._revoked = frozenset(self._revoked), set()
         self._started -= revoked
-        records = [record_of(r) for batch in polled.values() for r in batch if r.partition not in revoked]
-        return Polled(records, assigned, revoked)
+        return Polled([record_of(r) for r in polled if r.partition not in revoked], assigned, revoked)
+
+    def _fetched(self, timeout_ms: int, max_records: int) -> list[Any]:
+        """kafka-python's records. What comes on the heels of the first one after a rest is waited for as long as it was
+        on average without one: the commit after next is an interval away.
+        """
+        fetched = list(chain.from_iterable(self._consumer.poll(timeout_ms, max_records=max_records).values()))
+        if fetched and self._rests:
+            until_s = time.monotonic() + self._wait_ms / 2000
+            while len(fetched) < max_records and (left_s := until_s - time.monotonic()) > 0:
+                more = self._consumer.poll(math.ceil(1000 * left_s), max_records=max_records - len(fetched))
+                fetched += chain.from_iterable(more.values())
+            self._rest(False)
+        elif not fetched and timeout_ms > self._wait_ms:
+            self._rest(True)
+        return fetched
+
+    def _rest(self, rests: bool) -> None:
+        """The fetcher reads its settings for each request. At least once it waits for the first record as it is."""
+        if self._wait_ms and rests != self._rests:
+            self._rests = rests
+            wait_ms, min_bytes = (max(self._wait_ms, REST_WAIT_MS), 1) if rests else (self._wait_ms, FETCH_BYTES)
+            self._consumer._fetcher.config |= {"fetch_max_wait_ms": wait_ms, "fetch_min_bytes": min_bytes}
 
     def _check_url(self) -> None:
         """Once whoever had the slot before is surely gone, see that the group knows this worker by its own URL."""

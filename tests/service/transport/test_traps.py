@@ -40,6 +40,7 @@ from tests.service.transport.conftest import (
     producing,
     session_of,
     shared,
+    silent,
     snapshot,
     stands_at,
     started,
@@ -50,6 +51,7 @@ from tests.service.transport.conftest import (
 from tests.service.transport.wire import (
     ADD_OFFSETS_TO_TXN,
     END_TXN,
+    FETCH,
     OFFSET_FETCH,
     PRODUCE,
     TXN_OFFSET_COMMIT,
@@ -510,3 +512,35 @@ def test_a_transaction_that_overruns_its_limit_ends_the_process(wire: Wire, wire
     with session(wired) as transport:
         assert where_it_stands(transport, 0) == Offset(1)
         assert visible(wired, wired.forecasts_topic) == [b"1"]
+
+
+# No trap, but its price: each fetch takes a millisecond of Python.
+@only_kafka_python
+def test_while_nothing_comes_kafka_is_seldom_asked(wire: Wire, wired: Settings) -> None:
+    with session(wired) as transport:
+        started(transport, 0)
+        assert silent(transport)
+        fetches: list[Message] = []
+        wire.on_request = lambda message: fetches.append(message) if message.api == FETCH else None
+        for _ in range(10):
+            transport.poll(100, 100)
+    assert 0 < len(fetches) < 20, "of 20 ms each there would be 50"
+
+
+@only_kafka_python
+def test_what_comes_on_the_heels_of_the_first_record_after_a_rest_comes_with_it(
+    settings: Settings, connect: Connect
+) -> None:
+    create(settings, observations=2)
+    transport = connect(commit_interval_ms=10_000)  # of which a fetch may wait for 1 s
+    started(transport, 0, 1)
+    for _ in range(2):  # then no fetch is left from before the rest
+        assert not transport.poll(1_100, 100).records
+    with producing(settings) as producer:
+
+        def send() -> None:
+            for partition in (0, 1):
+                producer.send(settings.observations_topic, b"0", partition=partition).get(30)
+
+        in_background(send)
+        assert {record.partition for record in transport.poll(30_000, 100).records} == {0, 1}

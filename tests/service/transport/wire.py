@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 PRODUCE = 0
+FETCH = 1
 OFFSET_FETCH = 9
 ADD_OFFSETS_TO_TXN = 25
 END_TXN = 26
