@@ -42,12 +42,12 @@ class Connection(asyncio.Protocol):
         self,
         requests: Iterator[bytes],
         due_s: Iterator[float],
-        from_s: float,
-        took_s: list[float],
+        answers: list[tuple[float, float]],
         failed: list[bytes],
     ) -> None:
+        """answers: of each is added when its request was due, and the seconds from then on."""
         self._requests, self._due_s = requests, due_s
-        self._from_s, self._took_s, self._failed = from_s, took_s, failed
+        self._answers, self._failed = answers, failed
         self._read = bytearray()
         self._end = 0
 
@@ -81,8 +81,7 @@ class Connection(asyncio.Protocol):
     def _answered(self, now_s: float) -> None:
         if not self._read.startswith(b"HTTP/1.1 200"):
             self._failed.append(bytes(self._read[:200]))
-        if self._asked_s >= self._from_s:
-            self._took_s.append(now_s - self._asked_s)
+        self._answers.append((self._asked_s, now_s - self._asked_s))
         self._read.clear()
         self._end = 0
         self._next()
@@ -97,25 +96,34 @@ def requests_of(bodies: Path, host: str) -> list[bytes]:
 
 
 async def ask(url: str, bodies: Path, seconds: float, connections: int, rate: float) -> dict[str, float]:
-    """-> requests a second, the times of the middle one and of one in a hundred, and how many were refused."""
+    """-> requests a second, the times of the middle one and of one in a hundred, how many were refused; and how many
+    were answered, those too that came too early to count.
+    """
     parts = urlsplit(url)
     requests, loop = cycle(requests_of(bodies, parts.netloc)), asyncio.get_running_loop()
-    took_s: list[float] = []
+    answers: list[tuple[float, float]] = []
     failed: list[bytes] = []
     began_s = time.perf_counter()
     from_s, due_s = began_s + WARM_SHARE * seconds, due_times_s(began_s, rate)
     opened = [
         await loop.create_connection(
-            lambda: Connection(requests, due_s, from_s, took_s, failed), parts.hostname or "", parts.port or 80
+            lambda: Connection(requests, due_s, answers, failed), parts.hostname or "", parts.port or 80
         )
         for _ in range(connections)
     ]
     await asyncio.sleep(seconds)
-    counted_s, times = time.perf_counter() - from_s, np.array(took_s)
+    counted_s = time.perf_counter() - from_s
+    times = np.array([took_s for asked_s, took_s in answers if asked_s >= from_s])
     for transport, _ in opened:
         transport.abort()
     p50, p99 = np.quantile(times, (0.5, 0.99)) * 1_000 if len(times) else (0.0, 0.0)
-    return {"per_second": len(times) / counted_s, "p50_ms": float(p50), "p99_ms": float(p99), "failed": len(failed)}
+    return {
+        "per_second": len(times) / counted_s,
+        "p50_ms": float(p50),
+        "p99_ms": float(p99),
+        "failed": len(failed),
+        "answered": len(answers),
+    }
 
 
 def main() -> None:

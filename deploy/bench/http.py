@@ -45,6 +45,7 @@ class Asked:
     p50_ms: float
     p99_ms: float
     failed: int
+    answered: int
 
 
 def probes(bench: Bench) -> Iterator[Probe]:
@@ -70,7 +71,10 @@ def _measure(bench: Bench) -> Iterator[Sample]:
             yield from _bare(bench, kind, name, answer, bodies)
         limit = LIMITS["fastapi"]
         bench.tell(IDLE)
-        yield from _samples(IDLE, _ask(bench, url, bodies), "carousel", limit)
+        before_s = worker.usage().cpu_s
+        asked = _ask(bench, url, bodies)
+        yield from _samples(IDLE, asked, "carousel", limit)
+        yield _processor(IDLE, worker.usage().cpu_s - before_s, asked, "carousel", limit)
         rate = SHARE * traffic.burst(bench.streams() * bench.steps())
         note = f"at {rate:,.0f} records/s"
         bench.tell(BUSY)
@@ -105,13 +109,24 @@ def _bare(bench: Bench, kind: str, name: str, answer: Path, bodies: Path) -> Ite
     command = [sys.executable, "-m", "deploy.bench.answer", kind, str(answer)]
     with running(name, command, bench.directory / f"{kind}.log") as program:
         url = program.wait_for_url()
-        yield from _samples(name, _ask(bench, url, bodies), "limit")
+        before_s = program.usage().cpu_s
+        asked = _ask(bench, url, bodies)
+        yield from _samples(name, asked, "limit")
+        yield _processor(name, program.usage().cpu_s - before_s, asked, "limit")
         yield from _times(f"{name}, {PACED}", _ask(bench, url, bodies, RATE), "limit")
 
 
 def _samples(name: str, asked: Asked, role: Role, limit: str = "", note: str = "") -> Iterator[Sample]:
     yield Sample(f"{name}: requests", asked.per_second, "requests/s", role, limit and f"{limit}: requests", note)
     yield from _times(name, asked, role, limit, note)
+
+
+def _processor(name: str, cpu_s: float, asked: Asked, role: Role, limit: str = "") -> Sample:
+    """What the whole process took for a request, with all that goes on in it beside: others on the machine change this
+    far less than they change how many are answered.
+    """
+    suffix = ": processor time a request"
+    return Sample(name + suffix, 1e6 * cpu_s / max(asked.answered, 1), "us", role, limit and limit + suffix)
 
 
 def _times(name: str, asked: Asked, role: Role, limit: str = "", note: str = "") -> Iterator[Sample]:
