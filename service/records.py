@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 import numpy as np
@@ -113,7 +113,7 @@ TS_MAX = 1 << 53
 
 def read(records: Sequence[Record], limits: Limits) -> tuple[Observations, list[tuple[Record, Rejected]]]:
     """The observations that records hold, in their order, and what holds none, with the reason."""
-    lines = [_line_of(record, limits.max_record_bytes) for record in records]
+    lines = _lines_of([record.value for record in records], limits.max_record_bytes)
     bodies = _decode_together(lines)
     streams = [_stream_of(record.key) for record in records]
     ts_ms, timed = _times(bodies)
@@ -160,17 +160,25 @@ def _column(numbers: Sequence[int]) -> Int64s:
     return np.array(numbers, dtype=np.int64)
 
 
-def _line_of(record: Record, max_bytes: int) -> bytes:
-    """A value that may be decoded together with others; NO_LINE if it may not.
+def _lines_of(values: Sequence[bytes | None], max_bytes: int) -> Sequence[bytes]:
+    """Values that may be decoded together; NO_LINE in place of one that may not.
 
     The decoder takes lines for white space: it would take two values on one, or one on two. But what begins and ends
     with a brace, and has no line of its own, holds a value at least and cannot be continued by such another: so as many
     values as lines are one on each, and none can come to stand for another stream's.
     """
-    value = record.value
+    usable = [value for value in values if value is not None and len(value) <= max_bytes]
+    if len(usable) == len(values):  # ask what is asked of each below of all of them at once
+        text, between = b"\n".join(usable), len(values) - 1
+        if text[:1] == b"{" and text[-1:] == b"}" and text.count(b"}\n{") == text.count(b"\n") == between:
+            return usable
+    return [value if _is_line(value, max_bytes) else NO_LINE for value in values]
+
+
+def _is_line(value: bytes | None, max_bytes: int) -> TypeGuard[bytes]:
     if value is None or len(value) > max_bytes or b"\n" in value:
-        return NO_LINE
-    return value if value.startswith(b"{") and value.endswith(b"}") else NO_LINE
+        return False
+    return value.startswith(b"{") and value.endswith(b"}")
 
 
 def _decode_together(lines: Sequence[bytes]) -> Sequence[_Body]:

@@ -230,3 +230,12 @@ def test_no_record_among_others_can_give_them_another_value(values: list[bytes])
     ]
     assert [one.value for one, _ in rejected] == [value for value in values if value != good]
     assert {error.reason for _, error in rejected} == {Reason.DECODE}
+
+
+def test_nor_can_one_of_two_lines_fill_the_place_of_one_that_is_not_decoded() -> None:
+    values = [b'{"value":1}\n{"value":2}', None, b'{"value":3%b}' % (b" " * LIMITS.max_record_bytes)]
+    for other in values[1:]:
+        records = [Record("in", 0, n, NOW_MS, b"s%d" % n, value) for n, value in enumerate((values[0], other))]
+        seen, rejected = read(records, LIMITS)
+        assert (seen.streams, seen.ended.tolist()) == ((["s1"], [True]) if other is None else ([], []))
+        assert [error.reason for _, error in rejected] == [Reason.DECODE, Reason.SIZE][: 2 - len(seen.streams)]
