@@ -200,25 +200,25 @@ class Restore:
     def _adopt(self, found: Found, note: Note) -> Steps:
         """Go on from these snapshots."""
         now_s = self._clock_s()
-        buckets: dict[str, Bucket] = {}
+        buckets: list[Bucket] = []
         for n, (bits, snapshot) in enumerate(disjoint(found.snapshots)):
             if n % BUCKETS_AT_ONCE == 0:
                 yield
-            bucket = buckets[bits] = Bucket(bits, set(), -1, now_s)
-            bucket.written_s -= bucket.phase * self.settings.snapshot_interval_s
+            bucket = Bucket(bits)
+            bucket.due_s = now_s + (1 - bucket.phase) * self.settings.snapshot_interval_s
             if snapshot:
                 bucket.streams, bucket.offset = set(snapshot.streams), snapshot.offset
             if snapshot and bits not in found.snapshots:  # a half of one whose other half alone was written
-                bucket.dirty, bucket.written_s = note.replay, -math.inf
+                bucket.dirty, bucket.due_s = note.replay, -math.inf
                 self.keeper.stale.append(self.keeper.key(snapshot.bits))
-        self.keeper.buckets = buckets
-        self.keeper.digest = digest_of(buckets.values())
-        self._forget_others(buckets.values())
+            buckets.append(bucket)
+        self.keeper.adopt(buckets)
+        self._forget_others()
 
-    def _forget_others(self, buckets: Iterable[Bucket]) -> None:
+    def _forget_others(self) -> None:
         """Streams that were in a snapshot once, and ended before the latest."""
         arena = self.engine.arena
-        gone = arena.streams(self.number).keys() - {stream for bucket in buckets for stream in bucket.streams}
+        gone = [stream for stream in arena.streams(self.number) if stream not in self.keeper.homes]
         with self.engine.lock:
             for stream in gone:
                 arena.forget(StreamKey(self.number, stream))

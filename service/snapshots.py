@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from heapq import heappop, heappush
 
 import numpy as np
 import orjson
@@ -81,18 +84,18 @@ class Note:
             ) from error
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
     """Streams whose ids' hashes begin with `bits`.
 
-    offset: the input before it is in the snapshot on the topic; -1: there is none. dirty: where the partition stood
-    before what changed since. written_s: when the snapshot was written.
+    offset: the input before it is in the snapshot on the topic; -1: there is none. due_s: when its turn comes to be
+    written, if it is dirty then. dirty: where the partition stood before what changed since the snapshot.
     """
 
     bits: str
-    streams: set[str]
-    offset: int
-    written_s: float
+    streams: set[str] = field(default_factory=set)
+    offset: int = -1
+    due_s: float = math.inf
     dirty: Mark | None = None
 
     @property
@@ -142,6 +145,15 @@ class Keeper:
     partitions: int
     """Of the observations topic."""
     buckets: dict[str, Bucket] = field(default_factory=dict)
+    """By their bits."""
+    homes: dict[str, Bucket] = field(default_factory=dict)
+    """Of each stream its bucket, so that nobody hashes for it."""
+    turns: list[tuple[float, str]] = field(default_factory=list)
+    """Of each dirty bucket when its turn comes, and its bits; also what was true once, which is passed over. A heap."""
+    open_marks: Counter[Mark] = field(default_factory=Counter)
+    """How many buckets are dirty since each, the oldest first, as marks only grow."""
+    count: int = 0
+    """How many buckets have snapshots."""
     digest: int = 0
     journals: list[tuple[bytes, int]] = field(default_factory=list)
     """Records of the journal on the topic, by key, with their last entries' offsets."""
@@ -152,14 +164,24 @@ class Keeper:
         self.settings = self.engine.settings
         self.packing = Packing(self.engine.arena.schema)
         self.interval_s = self.settings.snapshot_interval_s
-        if not self.buckets:
-            self.buckets[""] = Bucket("", set(), -1, 0.0)
+        self.outgrown = OUTGROWN * max(SNAPSHOT_BYTES // self.engine.arena.schema.row_bytes, 1)
+        self.adopt([Bucket("")])
+
+    def adopt(self, buckets: Iterable[Bucket]) -> None:
+        """Begin with these, which cover all streams without overlapping."""
+        for bucket in tuple(self.buckets.values()):
+            self._remove(bucket)
+        for bucket in buckets:
+            self._add(bucket)
+        self.digest = digest_of(self.buckets.values())
 
     # Keys: group, partition, then a bucket's bits or the journal; so groups may share a topic.
     def key(self, name: str) -> bytes:
         return f"{self.settings.group_id}/{self.number}/{name}".encode()
 
     def bucket_of(self, stream: str) -> Bucket:
+        if home := self.homes.get(stream):
+            return home
         bits = hash_bits(stream)
         for length in range(HASH_BITS):
             if bucket := self.buckets.get(bits[:length]):
@@ -172,29 +194,74 @@ class Keeper:
 
     def touch(self, streams: Iterable[str], mark: Mark, now_s: float) -> None:
         """These streams came, went or moved since the partition stood at `mark`."""
-        held = self.engine.arena.streams(self.number)
+        held, homes = self.engine.arena.streams(self.number), self.homes
         for stream in streams:
-            bucket = self.bucket_of(stream)
-            (bucket.streams.add if stream in held else bucket.streams.discard)(stream)
+            home = homes.get(stream)
+            bucket = home or self.bucket_of(stream)
             if bucket.dirty is None:
-                bucket.dirty = mark
-                if bucket.offset < 0 and not bucket.written_s:
-                    bucket.written_s = now_s
-            if bucket.offset < 0 and self._too_large(bucket):
-                self._split_unwritten(bucket)
+                self._soil(bucket, mark, now_s)
+            if stream not in held:
+                bucket.streams.discard(stream)
+                homes.pop(stream, None)
+            elif home is None:
+                self._enter(bucket, stream, now_s)
+
+    def _soil(self, bucket: Bucket, mark: Mark, now_s: float) -> None:
+        """One that never was dirty waits an interval for its turn."""
+        bucket.dirty, bucket.due_s = mark, min(bucket.due_s, now_s + self.interval_s)
+        self.open_marks[mark] += 1
+        self._queue(bucket)
+
+    def _enter(self, bucket: Bucket, stream: str, now_s: float) -> None:
+        self.homes[stream] = bucket
+        bucket.streams.add(stream)
+        if bucket.offset < 0 and self._too_large(bucket):
+            self._split_unwritten(bucket)
+        elif len(bucket.streams) == self.outgrown + 1:
+            heappush(self.turns, (now_s, bucket.bits))
 
     def _split_unwritten(self, bucket: Bucket) -> None:
         """Nothing of it is on the topic yet, so it splits at no cost; else all streams of a worker's first minute would
-        be written in one piece. It was due an interval after it was first touched, and its halves are spread over that.
+        be written in one piece. It was due an interval after it was first touched, and its parts are spread over that.
         """
+        for part in self._fit(bucket):
+            part.due_s -= (part.phase - bucket.phase) * self.interval_s
+            self._add(part)
+        self._remove(bucket)
+
+    def _add(self, bucket: Bucket) -> None:
+        self.buckets[bucket.bits] = bucket
+        self.homes.update(dict.fromkeys(bucket.streams, bucket))
+        self.count += bucket.offset >= 0
+        if bucket.dirty:
+            self.open_marks[bucket.dirty] += 1
+            self._queue(bucket)
+
+    def _remove(self, bucket: Bucket) -> None:
+        """Its streams are, or will be, in others."""
         del self.buckets[bucket.bits]
-        for half in bucket.halves():
-            half.written_s -= (half.phase - bucket.phase) * self.interval_s
-            self.buckets[half.bits] = half
+        self.count -= bucket.offset >= 0
+        if bucket.dirty:
+            self.open_marks[bucket.dirty] -= 1
+            if not self.open_marks[bucket.dirty]:
+                del self.open_marks[bucket.dirty]
+
+    def _queue(self, bucket: Bucket) -> None:
+        heappush(self.turns, (bucket.due_s, bucket.bits))
 
     def due(self, now_s: float) -> bool:
         """Whether there are snapshots to be written."""
-        return any(True for _ in self._all_due(now_s))
+        return self._first_due(now_s) is not None
+
+    def _first_due(self, now_s: float) -> Bucket | None:
+        """The dirty bucket whose turn came first, which is then at the front."""
+        while self.turns and self.turns[0][0] <= now_s:
+            due_s, bits = self.turns[0]
+            bucket = self.buckets.get(bits)
+            if bucket and bucket.dirty and (bucket.due_s == due_s or len(bucket.streams) > self.outgrown):
+                return bucket
+            heappop(self.turns)
+        return None
 
     def prepare(self, offset: int, now_s: float, trial: Trial | None = None) -> Prepared:
         """What a commit of the input before `offset` writes for this partition. Changes nothing that matters."""
@@ -205,10 +272,9 @@ class Keeper:
         written = [self._at(part, offset, now_s, split=part is not one) for one in removed for part in self._fit(one)]
         exactly = self.settings.guarantee == "exactly_once"
         # At least once, snapshots come after the offset, or not at all: it must not count on them.
-        counted = {bucket.bits for bucket in removed} if exactly else set()
-        open_marks = [b.dirty for b in self.buckets.values() if b.dirty and b.bits not in counted]
-        start = min(open_marks, key=lambda mark: mark.offset, default=mark)
-        count = sum(bucket.offset >= 0 for bucket in self.buckets.values())
+        settled = Counter(bucket.dirty for bucket in removed if exactly)
+        start = next((since for since, count in self.open_marks.items() if count > settled[since]), mark)
+        count = self.count
         if exactly:
             count += len(written) - sum(bucket.offset >= 0 for bucket in removed)
         digest = f"{self._digest_after(removed, written):016x}" if exactly else ""
@@ -220,9 +286,9 @@ class Keeper:
         """The commit went well."""
         self.digest = self._digest_after(prepared.removed, prepared.written)
         for bucket in prepared.removed:
-            del self.buckets[bucket.bits]
+            self._remove(bucket)
         for bucket in prepared.written:
-            self.buckets[bucket.bits] = bucket
+            self._add(bucket)
         gone = {record.key for record in prepared.after if record.value is None}
         self.journals = [(key, last) for key, last in self.journals if key not in gone]
         self.stale = [key for key in self.stale if key not in gone]
@@ -230,21 +296,17 @@ class Keeper:
             if record.key:
                 self.journals.append((record.key, prepared.mark.offset - 1))
 
-    def _all_due(self, now_s: float) -> Iterator[Bucket]:
-        outgrown = OUTGROWN * max(SNAPSHOT_BYTES // self.engine.arena.schema.row_bytes, 1)
-        for bucket in self.buckets.values():
-            if bucket.dirty and (now_s - bucket.written_s >= self.interval_s or len(bucket.streams) > outgrown):
-                yield bucket
-
     def _due(self, now_s: float) -> list[Bucket]:
         """The dirty buckets whose turn it is, the oldest first."""
-        chosen, size = [], 0
-        for bucket in sorted(self._all_due(now_s), key=lambda bucket: bucket.written_s):
-            chosen.append(bucket)
-            size += self._bytes(bucket)
-            if size > COMMIT_BYTES_MAX:
-                break
-        return chosen
+        chosen, size, turns = dict[str, Bucket](), 0, []
+        while size <= COMMIT_BYTES_MAX and (bucket := self._first_due(now_s)):
+            turns.append(heappop(self.turns))
+            if bucket.bits not in chosen:
+                chosen[bucket.bits] = bucket
+                size += self._bytes(bucket)
+        for turn in turns:  # it is still theirs, until the commit stands
+            heappush(self.turns, turn)
+        return list(chosen.values())
 
     def _bytes(self, bucket: Bucket) -> int:
         return len(bucket.streams) * self.engine.arena.schema.row_bytes
@@ -254,8 +316,8 @@ class Keeper:
 
     def _at(self, bucket: Bucket, offset: int, now_s: float, split: bool) -> Bucket:
         """The bucket once its snapshot at this offset is written. The next ones of those that split are spread out."""
-        early_s = bucket.phase * self.interval_s if split else 0.0
-        return replace(bucket, offset=offset, dirty=None, written_s=now_s - early_s)
+        due_s = now_s + self.interval_s * (1 - bucket.phase if split else 1)
+        return replace(bucket, offset=offset, dirty=None, due_s=due_s)
 
     def _fit(self, bucket: Bucket) -> Iterator[Bucket]:
         """The bucket, or those that it must be split into."""

@@ -114,7 +114,7 @@ class Worker:
     @property
     def unsaved(self) -> int:
         """Buckets that have changed since their snapshots were written."""
-        return sum(bucket.dirty is not None for keeper in self._keepers.values() for bucket in keeper.buckets.values())
+        return sum(keeper.open_marks.total() for keeper in self._keepers.values())
 
     def stop(self) -> None:
         """Finish the batch at hand, deliver, commit, leave the group."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,3 +88,35 @@ def test_a_bucket_that_outgrows_its_kind_is_written_before_its_turn(life: Life) 
     life.speak(range(STREAMS))
     assert_in_pieces([*life.commits(INTERVAL_S)])
     assert unwritten(life) == 0
+
+
+def lines_run(call: Callable[[], object]) -> int:
+    """How many lines of Python it takes: work, by no clock."""
+    count, before = 0, sys.gettrace()
+
+    def trace(frame: object, event: str, argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_commit_looks_at_no_bucket_but_those_that_were_touched(bundle: Bundle) -> None:
+    works, buckets = [], []
+    for streams in (10, 3_000):
+        life = Life(bundle)
+        life.speak(range(streams))
+        list(life.commits(INTERVAL_S + 2 * COMMIT_S))
+        life.speak(range(1))
+        commits = life.commits(2 * COMMIT_S)
+        works.append(lines_run(lambda commits=commits, life=life: (next(commits), life.keeper.due(life.now_s))))
+        buckets.append(len(life.keeper.buckets))
+        assert unwritten(life) > 0, "else it was its turn, and there was more to do"
+    assert buckets[1] > 50 * buckets[0]
+    assert works[0] == works[1]
