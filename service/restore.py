@@ -207,7 +207,7 @@ class Restore:
             bucket = Bucket(bits)
             bucket.due_s = now_s + (1 - bucket.phase) * self.settings.snapshot_interval_s
             if snapshot:
-                bucket.streams, bucket.offset = set(snapshot.streams), snapshot.offset
+                bucket.streams, bucket.offset = dict.fromkeys(snapshot.streams), snapshot.offset
             if snapshot and bits not in found.snapshots:  # a half of one whose other half alone was written
                 bucket.dirty, bucket.due_s = note.replay, -math.inf
                 self.keeper.stale.append(self.keeper.key(snapshot.bits))

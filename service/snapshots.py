@@ -93,7 +93,8 @@ class Bucket:
     """
 
     bits: str
-    streams: set[str] = field(default_factory=set)
+    streams: dict[str, None] = field(default_factory=dict)
+    """A dict, as a set takes twice the memory."""
     offset: int = -1
     due_s: float = math.inf
     dirty: Mark | None = None
@@ -105,11 +106,10 @@ class Bucket:
 
     def halves(self) -> tuple[Bucket, Bucket]:
         """The two buckets that it splits into, which have no snapshots of their own yet."""
-        zero = {stream for stream in self.streams if hash_bits(stream)[len(self.bits)] == "0"}
-        return (
-            replace(self, bits=self.bits + "0", streams=zero),
-            replace(self, bits=self.bits + "1", streams=self.streams - zero),
-        )
+        zero, one = dict[str, None](), dict[str, None]()
+        for stream in self.streams:
+            (zero if hash_bits(stream)[len(self.bits)] == "0" else one)[stream] = None
+        return replace(self, bits=self.bits + "0", streams=zero), replace(self, bits=self.bits + "1", streams=one)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Keeper:
             if bucket.dirty is None:
                 self._soil(bucket, mark, now_s)
             if stream not in held:
-                bucket.streams.discard(stream)
+                bucket.streams.pop(stream, None)
                 homes.pop(stream, None)
             elif home is None:
                 self._enter(bucket, stream, now_s)
@@ -214,7 +214,7 @@ class Keeper:
 
     def _enter(self, bucket: Bucket, stream: str, now_s: float) -> None:
         self.homes[stream] = bucket
-        bucket.streams.add(stream)
+        bucket.streams[stream] = None
         if bucket.offset < 0 and self._too_large(bucket):
             self._split_unwritten(bucket)
         elif len(bucket.streams) == self.outgrown + 1:
