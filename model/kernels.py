@@ -663,16 +663,18 @@ def solve(gram: Array, moment: Array, prior: Any, factor: Array, own: Array) -> 
     """own of (gram + prior I) own = moment, by L D L^T, which is as good as any of so well conditioned a matrix."""
     rank = len(moment)
     for i in range(rank):
-        for j in range(i + 1):
-            total = gram[i * rank + j] + (prior if i == j else 0.0)
+        own[i], pivot = moment[i], gram[i * rank + i] + prior
+        for j in range(i):
+            total = gram[i * rank + j]
             for k in range(j):
-                total -= factor[i, k] * factor[j, k] * factor[k, k]
-            factor[i, j] = total if i == j else total / factor[j, j]
-        own[i] = moment[i]
-        for k in range(i):
-            own[i] -= factor[i, k] * own[k]
+                total -= factor[k, i] * factor[j, k]
+            factor[j, i] = total  # above the diagonal D L^T, below it L, on it 1 / D: few divisions
+            factor[i, j] = total * factor[j, j]
+            pivot -= total * factor[i, j]
+            own[i] -= factor[i, j] * own[j]
+        factor[i, i] = 1 / pivot
     for i in range(rank - 1, -1, -1):
-        own[i] /= factor[i, i]
+        own[i] *= factor[i, i]
         for k in range(i + 1, rank):
             own[i] -= factor[k, i] * own[k]
 

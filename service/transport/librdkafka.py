@@ -388,7 +388,10 @@ class Librdkafka:
         for o in outgoing:
             while True:
                 try:
-                    produce(o.topic, o.value, o.key, o.partition, headers=list(o.headers) or None)
+                    if o.headers:
+                        produce(o.topic, o.value, o.key, o.partition, headers=list(o.headers))
+                    else:  # a quarter of the time is for arguments by name
+                        produce(o.topic, o.value, o.key, o.partition)
                     break
                 except BufferError:
                     self._producer.poll(FULL_WAIT_S)
