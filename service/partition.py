@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -172,11 +172,28 @@ class Partition:
     def take(self, seen: Observations, covered: Callable[[str], int] | None = None) -> Taken:
         """What observations of this partition, none in a hole of the grid, mean for their streams.
 
-        covered: in a replay, the offset before which a stream's records are in its state already. Who is the oldest
-        hangs on which observations were late; that is looked at for many at a time, and whenever it matters.
+        covered: in a replay, the offset before which a stream's records are in its state already.
         """
-        taken, clock_ms = Taken.none(len(seen.streams)), self._clock(seen)
+        taken, clock_ms, first = Taken.none(len(seen.streams)), self._clock(seen), 0
         taken.heard_ms[:] = clock_ms
+        rows = [self._held.get(stream, NOBODY) for stream in seen.streams]
+        if covered or self._deadline_ms() < math.inf or NOBODY in rows or seen.ended.any():
+            first = self._take_each(taken, seen, clock_ms, covered)
+        else:
+            taken.row[:] = rows
+        self._place(taken, seen, first, len(seen.streams))
+        taken.line[:] = taken.row
+        for row, line in self._lines.items():
+            taken.line[taken.row == row] = line
+        self.clock_ms = clock_ms[-1] if clock_ms else self.clock_ms
+        return taken
+
+    def _take_each(
+        self, taken: Taken, seen: Observations, clock_ms: Sequence[int], covered: Callable[[str], int] | None
+    ) -> int:
+        """Find their rows one by one, as streams may come and go. Who is the oldest hangs on which observations were
+        late; that is looked at for many at a time, and whenever it matters. -> the first that was not looked at so.
+        """
         first, unsettled = 0, set[str]()
 
         def settle(stream: str, upto: int) -> None:
@@ -187,8 +204,7 @@ class Partition:
                 first = upto
                 unsettled.clear()
 
-        offsets, ended = seen.offsets.tolist(), seen.ended.tolist()
-        deadline_ms = self._deadline_ms()
+        offsets, ended, deadline_ms = seen.offsets.tolist(), seen.ended.tolist(), self._deadline_ms()
         for n, (stream, offset, now_ms) in enumerate(zip(seen.streams, offsets, clock_ms, strict=True)):
             if covered:
                 self._follow(offset, covered)
@@ -215,12 +231,7 @@ class Partition:
             taken.row[n] = row
             if self._ordered:
                 unsettled.add(stream)
-        self._place(taken, seen, first, len(seen.streams))
-        taken.line[:] = taken.row
-        for row, line in self._lines.items():
-            taken.line[taken.row == row] = line
-        self.clock_ms = clock_ms[-1] if clock_ms else self.clock_ms
-        return taken
+        return first
 
     def _clock(self, seen: Observations) -> list[int]:
         """What the partition's clock shows at each observation, having seen its time."""
@@ -258,9 +269,10 @@ class Partition:
         taken.late[some], taken.duplicate[some] = placed.late, placed.duplicate
         taken.row[some[~placed.fresh]] = NOBODY
         heard = [seen.streams[n] for n in some[placed.fresh].tolist()]
-        self.touched.update(heard)
-        for stream, row in zip(heard, rows[placed.fresh].tolist(), strict=True):
-            if self._held.get(stream) == row:  # it may have ended since
+        last_row = dict(zip(heard, rows[placed.fresh].tolist(), strict=True))
+        self.touched.update(last_row)
+        for stream in reversed(dict.fromkeys(reversed(heard))):  # in the order in which each was heard last
+            if self._held.get(stream) == last_row[stream]:  # it may have ended since
                 self._held.move_to_end(stream)
 
     def _remember(self, taken: Taken, seen: Observations, start: int, stop: int) -> None:
