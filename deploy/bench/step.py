@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploy.bench.figures import Probe, Sample
 from deploy.bench.load import START_MS, Bench
@@ -25,6 +25,8 @@ WAVES = (1, 256, 1_000, 4_096)
 TIMED_S = 0.3
 """Each is repeated for about so long, and at least `REPEATS` times; the median counts."""
 REPEATS = 5
+WARM_STREAMS = 60
+"""So many different streams are followed until they are warm, each from another step on; a wave is of their copies."""
 
 
 def probes(bench: Bench) -> Iterator[Probe]:
@@ -41,9 +43,11 @@ def probes(bench: Bench) -> Iterator[Probe]:
 def _measure(told: str, forecaster: Forecaster, wave: int) -> Iterator[Sample]:
     name = f"wave of {wave:,}, {told}"
     limit = f"{name}: bare LSTM and head"
-    steps = [_bare(forecaster, wave), _network(forecaster, wave), _follower(forecaster, wave)]
+    follower = Follower(forecaster)
+    rows = _warm(follower, wave)
+    steps = [_bare(forecaster, wave), _network(forecaster, rows), _follower(follower, rows)]
     if has_numba():
-        steps.append(_compiled(forecaster, wave))
+        steps.append(_compiled(follower, rows))
     bare, network, whole, *compiled = _per_row(wave, steps)
     yield Sample(limit, bare, UNIT, "limit")
     for took in compiled:
@@ -77,49 +81,66 @@ def _bare(forecaster: Forecaster, wave: int) -> Callable[[], None]:
     return step
 
 
-def _network(forecaster: Forecaster, wave: int) -> Callable[[], None]:
-    def advance(rows: Rows, block: Block) -> Rows:
-        return forecaster.advance(rows, block)[1]
+def _warm(follower: Follower, wave: int) -> Rows:
+    """States of streams that learn all there is to be learnt. They began at different steps, as not each step is learnt
+    from.
+    """
+    state, most = follower.schema.initial(WARM_STREAMS), follower.config.past + follower.config.warmup + WARM_STREAMS
+    for stream in range(WARM_STREAMS):
+        one = {name: tensor[stream : stream + 1] for name, tensor in state.items()}
+        values, ts_ms = _day(torch.arange(stream - most, 0))
+        block = Block(values[None], ts_ms[None], torch.zeros(1, most - stream, 0, dtype=torch.float64))
+        for name, tensor in follower.through(one, block).items():
+            state[name][stream] = tensor[0]
+    return {name: tensor[torch.arange(wave) % WARM_STREAMS] for name, tensor in state.items()}
 
-    return _stepping(forecaster.initial_state(wave), wave, advance)
+
+def _day(number: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and times as days have them, of these steps."""
+    return 1.0 + (number % 24).double(), START_MS + number * HOUR_MS
 
 
-def _follower(forecaster: Forecaster, wave: int) -> Callable[[], None]:
-    follower = Follower(forecaster)
-    return _stepping(follower.schema.initial(wave), wave, lambda rows, block: follower.advance(rows, block).rows)
+def _network(forecaster: Forecaster, rows: Rows) -> Callable[[], None]:
+    return _stepping(rows, lambda rows, block: forecaster.advance(rows, block)[1])
+
+
+def _follower(follower: Follower, rows: Rows) -> Callable[[], None]:
+    return _stepping(rows, lambda rows, block: follower.advance(rows, block).rows)
 
 
 def has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def _compiled(forecaster: Forecaster, wave: int) -> Callable[[], None]:
+def _compiled(follower: Follower, rows: Rows) -> Callable[[], None]:
     """In place, on rows that lie among others in any order."""
     from model.fused import FusedStep
 
-    follower = Follower(forecaster)
-    fused, block = FusedStep(follower, follower.schema), follower.schema.block(wave)
-    rows, values = torch.randperm(wave), torch.full((wave,), 1.0, dtype=torch.float64)
-    nothing, number = torch.zeros(wave, 0, dtype=torch.float64), 0
+    wave = len(rows["steps"])
+    fused, block, places = FusedStep(follower, follower.schema), follower.schema.block(wave), torch.randperm(wave)
+    for name, view in follower.schema.views(block).items():
+        view.copy_(rows[name])
+    nothing, number = torch.zeros(wave, 0, dtype=torch.float64), torch.tensor(0)
 
     def step() -> None:
         nonlocal number
-        number += 1
-        fused.advance(block, rows, values + number % 24, torch.full((wave,), START_MS + number * HOUR_MS), nothing)
+        value, ts_ms = _day(number)
+        fused.advance(block, places, value.expand(wave).contiguous(), ts_ms.expand(wave).contiguous(), nothing)
+        number = number + 1
 
     return step
 
 
-def _stepping(rows: Rows, wave: int, advance: Callable[[Rows, Block], Rows]) -> Callable[[], None]:
+def _stepping(rows: Rows, advance: Callable[[Rows, Block], Rows]) -> Callable[[], None]:
     """Observations as a day has them, for a state that goes on."""
-    values, nothing = torch.full((wave, 1), 1.0, dtype=torch.float64), torch.zeros(wave, 1, 0, dtype=torch.float64)
-    number = 0
+    wave, number = len(rows["steps"]), torch.tensor(0)
+    nothing = torch.zeros(wave, 1, 0, dtype=torch.float64)
 
     def step() -> None:
         nonlocal rows, number
-        number += 1
-        times = torch.full((wave, 1), START_MS + number * HOUR_MS)
-        rows = {**rows, **advance(rows, Block(values + number % 24, times, nothing))}
+        value, ts_ms = _day(number)
+        rows = {**rows, **advance(rows, Block(value.expand(wave, 1), ts_ms.expand(wave, 1), nothing))}
+        number = number + 1
 
     return step
 
