@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 
-SWITCH_S = 0.0005
+SWITCH_S = 0.002
 """After so long the worker's thread lets that of HTTP go on, which asks for it several times a request; Python's own
-5 ms would be felt in each answer.
+5 ms would be felt in each answer. Sooner, and kafka-python's threads would spend a tenth of theirs on taking turns.
 """
 YOUNG_OBJECTS = 50_000
 """More than a batch has at a time. All of them go by themselves when it ends; by default, at 700, the search for those
