@@ -95,6 +95,8 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         self._wait_ms = fetch_wait_ms(settings)
         self._rests = False
         """Whether fetches wait long, and end with the first record: for as long as nothing comes."""
+        self._failed: KafkaError | None = None
+        """Why what came after the records that were told last cannot be."""
         self._watchdog = Watchdog(DEADLINE_S)
         self._noted = threading.Lock()
         self._assigned: set[int] = set()
@@ -215,16 +217,24 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
         """kafka-python's records. What comes on the heels of the first one after a rest is waited for as long as it was
         on average without one: the commit after next is an interval away.
         """
-        fetched = list(chain.from_iterable(self._consumer.poll(timeout_ms, max_records=max_records).values()))
+        fetched = self._poll_once(timeout_ms, max_records)
         if fetched and self._rests:
             until_s = time.monotonic() + self._wait_ms / 2000
-            while len(fetched) < max_records and (left_s := until_s - time.monotonic()) > 0:
-                more = self._consumer.poll(math.ceil(1000 * left_s), max_records=max_records - len(fetched))
-                fetched += chain.from_iterable(more.values())
+            while len(fetched) < max_records and not self._failed and (left_s := until_s - time.monotonic()) > 0:
+                try:
+                    fetched += self._poll_once(math.ceil(1000 * left_s), max_records - len(fetched))
+                except KafkaError as error:  # what came before it is good: the next poll tells of it
+                    self._failed = error
             self._rest(False)
         elif not fetched and timeout_ms > self._wait_ms:
             self._rest(True)
         return fetched
+
+    def _poll_once(self, timeout_ms: int, max_records: int) -> list[Any]:
+        if failed := self._failed:
+            self._failed = None
+            raise failed
+        return list(chain.from_iterable(self._consumer.poll(timeout_ms, max_records=max_records).values()))
 
     def _rest(self, rests: bool) -> None:
         """The fetcher reads its settings for each request. At least once it waits for the first record as it is."""
