@@ -16,7 +16,8 @@ from typing import Any
 
 from deploy.bench.figures import BenchError, Probe, Sample
 from deploy.bench.load import Bench, create_topics, transports
-from deploy.bench.programs import Program, Usage, environment, running, serve, usage
+from deploy.bench.programs import Program, Usage, environment, running, serve, standing_still, usage
+from deploy.bench.throughput import pace
 from deploy.bench.traffic import Traffic, traffic_of
 
 SHARE = 0.5
@@ -25,6 +26,10 @@ LEAST_STREAMS = 1_000
 STEPS = 100
 POLL_S = 0.05
 BURST_LIMIT_S = 600.0
+BACKLOG_MOST = 300_000
+"""Observations that are there before any is taken: sending so many takes less than Kafka's patience with a worker that
+stands still. Else whoever sends takes part of the processors, and may be the slowest of all.
+"""
 PARTITIONS = (1, 4, 16)
 HIDDEN_SIZES = (32, 64, 128, 256)
 HORIZONS = (6, 24, 96)
@@ -95,17 +100,25 @@ def _measure(bench: Bench, point: Point) -> Iterator[Sample]:
 
         urls = [worker.wait_for_url() for worker in workers]
         traffic = stack.enter_context(traffic_of(settings, point.streams, check))
-        traffic.warm_up()
+        until_s = time.perf_counter() + BURST_LIMIT_S
+        while not all(_forecasts([url]) for url in urls) and time.perf_counter() < until_s:
+            traffic.warm_up()  # until each has partitions
         yield from _samples(bench, point, workers, urls, traffic)
 
 
 def _samples(
     bench: Bench, point: Point, workers: Sequence[Program], urls: Sequence[str], traffic: Traffic
 ) -> Iterator[Sample]:
-    before = _spent(bench, workers, urls)
-    count = max(point.streams, bench.streams() * bench.steps(STEPS))
-    most = _burst(traffic, urls, count)
-    after = _spent(bench, workers, urls)
+    count = max(point.streams, bench.streams() * bench.steps(STEPS) * point.workers)
+    goal, waits = _forecasts(urls) + count, count <= BACKLOG_MOST
+    if waits:
+        with standing_still(workers):
+            traffic.send(count)
+    before, began_s = _spent(bench, workers, urls), time.perf_counter()
+    if not waits:
+        traffic.send(count)
+    marks = _await_forecasts(traffic, urls, goal)
+    wall_s, after, most = time.perf_counter() - began_s, _spent(bench, workers, urls), pace(marks)
     traffic.settle()
     latencies = traffic.paced(SHARE * most, bench.config.seconds)
     traffic.settle()
@@ -115,23 +128,22 @@ def _samples(
         "MB": after.rss / 1e6,
         "p99 ms": latencies.ms(0.99),
     }
-    note = bound(before, after, count / most, point.workers)
+    note = bound(before, after, wall_s, point.workers)
     for unit, value in figures.items():
         yield Sample(f"{point.axis} {point.at:,}: {unit}", value, unit, note=note, axis=point.axis, at=point.at)
 
 
-def _burst(traffic: Traffic, urls: Sequence[str], count: int) -> float:
-    """Observations as fast as the workers take them, by their own count: who reads each forecast would be slower than
-    two of them. -> records a second.
-    """
-    before, began_s = _forecasts(urls), time.perf_counter()
-    traffic.send(count)
-    while _forecasts(urls) - before < count:
+def _await_forecasts(traffic: Traffic, urls: Sequence[str], goal: float) -> list[tuple[float, int]]:
+    """-> when there were how many, by the workers' own count: who reads each would be slower than two of them."""
+    marks = [(time.perf_counter(), int(_forecasts(urls)))]
+    while marks[-1][1] < goal:
         traffic.check()
-        if time.perf_counter() - began_s > BURST_LIMIT_S:
-            raise BenchError(f"{count:,} observations were not answered in {BURST_LIMIT_S:g} s")
+        if time.perf_counter() - marks[0][0] > BURST_LIMIT_S:
+            raise BenchError(f"{goal - marks[-1][1]:,.0f} observations were not answered in {BURST_LIMIT_S:g} s")
         time.sleep(POLL_S)
-    return count / (time.perf_counter() - began_s)
+        if (made := int(_forecasts(urls))) > marks[-1][1]:
+            marks.append((time.perf_counter(), made))
+    return marks
 
 
 def bound(before: Spent, after: Spent, wall_s: float, workers: int) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,18 @@ class Program:
 
     def usage(self) -> Usage:
         return usage(self.process.pid)
+
+
+@contextmanager
+def standing_still(programs: Iterable[Program]) -> Iterator[None]:
+    """They do nothing for the length of a block, which must be shorter than what Kafka bears with."""
+    for program in programs:
+        program.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.process.send_signal(signal.SIGCONT)
 
 
 def usage(pid: int) -> Usage:
