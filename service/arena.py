@@ -177,8 +177,9 @@ class Arena:
     def scatter(self, rows: Tensor, state: Rows) -> None:
         """Write back states; those tensors alone that `state` has."""
         self.save(rows)
+        at = rows.numpy()
         for name, values in state.items():
-            self.tensors[name][rows] = values
+            self.columns[name][at] = values.numpy()  # quicker than by torch
 
     def column(self, name: str) -> NDArray[np.int64]:
         """One tensor of all rows as a numpy view."""

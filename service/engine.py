@@ -454,9 +454,8 @@ class Engine:
             "heard_ms": moves.heard_ms[some],
             "count": count,
         }
-        self.arena.save(torch.from_numpy(rows))
-        for name, column in columns.items():
-            self.arena.columns[name][rows] = column
+        told = {name: torch.from_numpy(column) for name, column in columns.items()}
+        self.arena.scatter(torch.from_numpy(rows), told)
 
     def _bridge(self, rows: Int64s, missing: Int64s, last_slot: Int64s) -> None:
         """Advance rows over their missing steps. Gaps of any mixture of lengths go together in blocks of 2^n steps,

@@ -176,8 +176,12 @@ class Partition:
         """
         taken, clock_ms, first = Taken.none(len(seen.streams)), self._clock(seen), 0
         taken.heard_ms[:] = clock_ms
-        rows = [self._held.get(stream, NOBODY) for stream in seen.streams]
-        if covered or self._deadline_ms() < math.inf or NOBODY in rows or seen.ended.any():
+        if (
+            covered
+            or self._deadline_ms() < math.inf
+            or seen.ended.any()
+            or NOBODY in (rows := [self._held.get(stream, NOBODY) for stream in seen.streams])
+        ):
             first = self._take_each(taken, seen, clock_ms, covered)
         else:
             taken.row[:] = rows

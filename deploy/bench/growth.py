@@ -17,7 +17,7 @@ from typing import Any
 from deploy.bench.figures import BenchError, Probe, Sample
 from deploy.bench.load import Bench, create_topics, transports
 from deploy.bench.programs import Program, Usage, environment, running, serve, standing_still, usage
-from deploy.bench.throughput import pace
+from deploy.bench.throughput import steady
 from deploy.bench.traffic import Traffic, traffic_of
 
 SHARE = 0.5
@@ -110,15 +110,15 @@ def _samples(
     bench: Bench, point: Point, workers: Sequence[Program], urls: Sequence[str], traffic: Traffic
 ) -> Iterator[Sample]:
     count = max(point.streams, bench.streams() * bench.steps(STEPS) * point.workers)
-    goal, waits = _forecasts(urls) + count, count <= BACKLOG_MOST
+    made, waits = int(_forecasts(urls)), count <= BACKLOG_MOST
     if waits:
         with standing_still(workers):
             traffic.send(count)
     before, began_s = _spent(bench, workers, urls), time.perf_counter()
     if not waits:
         traffic.send(count)
-    marks = _await_forecasts(traffic, urls, goal)
-    wall_s, after, most = time.perf_counter() - began_s, _spent(bench, workers, urls), pace(marks)
+    most = _rate(traffic, urls, made, count)
+    wall_s, after = time.perf_counter() - began_s, _spent(bench, workers, urls)
     traffic.settle()
     latencies = traffic.paced(SHARE * most, bench.config.seconds)
     traffic.settle()
@@ -133,17 +133,19 @@ def _samples(
         yield Sample(f"{point.axis} {point.at:,}: {unit}", value, unit, note=note, axis=point.axis, at=point.at)
 
 
-def _await_forecasts(traffic: Traffic, urls: Sequence[str], goal: float) -> list[tuple[float, int]]:
-    """-> when there were how many, by the workers' own count: who reads each would be slower than two of them."""
-    marks = [(time.perf_counter(), int(_forecasts(urls)))]
-    while marks[-1][1] < goal:
+def _rate(traffic: Traffic, urls: Sequence[str], made: int, count: int) -> float:
+    """Forecasts a second, until beside those made before there are so many, by the workers' own count: who reads each
+    would be slower than two of them.
+    """
+
+    def turn() -> None:
         traffic.check()
-        if time.perf_counter() - marks[0][0] > BURST_LIMIT_S:
-            raise BenchError(f"{goal - marks[-1][1]:,.0f} observations were not answered in {BURST_LIMIT_S:g} s")
         time.sleep(POLL_S)
-        if (made := int(_forecasts(urls))) > marks[-1][1]:
-            marks.append((time.perf_counter(), made))
-    return marks
+
+    rate = steady(turn, lambda: int(_forecasts(urls)) - made, count, BURST_LIMIT_S)
+    if (left := made + count - _forecasts(urls)) > 0:
+        raise BenchError(f"{left:,.0f} observations were not answered in {BURST_LIMIT_S:g} s")
+    return rate
 
 
 def bound(before: Spent, after: Spent, wall_s: float, workers: int) -> str:

@@ -20,7 +20,7 @@ import httpx
 
 from deploy.bench.figures import BenchError, Probe, Role, Sample
 from deploy.bench.load import Bench, create_topics, transports
-from deploy.bench.programs import environment, running, serve
+from deploy.bench.programs import Program, environment, running, serve
 from deploy.bench.traffic import Traffic, traffic_of
 
 SHARE = 0.8
@@ -71,10 +71,7 @@ def _measure(bench: Bench) -> Iterator[Sample]:
             yield from _bare(bench, kind, name, answer, bodies)
         limit = LIMITS["fastapi"]
         bench.tell(IDLE)
-        before_s = worker.usage().cpu_s
-        asked = _ask(bench, url, bodies)
-        yield from _samples(IDLE, asked, "carousel", limit)
-        yield _processor(IDLE, worker.usage().cpu_s - before_s, asked, "carousel", limit)
+        yield from _unhindered(bench, worker, url, bodies, IDLE, "carousel", limit)
         rate = SHARE * traffic.burst(bench.streams() * bench.steps())
         note = f"at {rate:,.0f} records/s"
         bench.tell(BUSY)
@@ -109,24 +106,27 @@ def _bare(bench: Bench, kind: str, name: str, answer: Path, bodies: Path) -> Ite
     command = [sys.executable, "-m", "deploy.bench.answer", kind, str(answer)]
     with running(name, command, bench.directory / f"{kind}.log") as program:
         url = program.wait_for_url()
-        before_s = program.usage().cpu_s
-        asked = _ask(bench, url, bodies)
-        yield from _samples(name, asked, "limit")
-        yield _processor(name, program.usage().cpu_s - before_s, asked, "limit")
+        yield from _unhindered(bench, program, url, bodies, name, "limit")
         yield from _times(f"{name}, {PACED}", _ask(bench, url, bodies, RATE), "limit")
+
+
+def _unhindered(
+    bench: Bench, program: Program, url: str, bodies: Path, name: str, role: Role, limit: str = ""
+) -> Iterator[Sample]:
+    """Of a program that does nothing else, also what the whole process took for a request: others on the machine change
+    this far less than they change how many are answered.
+    """
+    before_s = program.usage().cpu_s
+    asked = _ask(bench, url, bodies)
+    cpu_s = program.usage().cpu_s - before_s
+    yield from _samples(name, asked, role, limit)
+    suffix = ": processor time a request"
+    yield Sample(name + suffix, 1e6 * cpu_s / max(asked.answered, 1), "us", role, limit and limit + suffix)
 
 
 def _samples(name: str, asked: Asked, role: Role, limit: str = "", note: str = "") -> Iterator[Sample]:
     yield Sample(f"{name}: requests", asked.per_second, "requests/s", role, limit and f"{limit}: requests", note)
     yield from _times(name, asked, role, limit, note)
-
-
-def _processor(name: str, cpu_s: float, asked: Asked, role: Role, limit: str = "") -> Sample:
-    """What the whole process took for a request, with all that goes on in it beside: others on the machine change this
-    far less than they change how many are answered.
-    """
-    suffix = ": processor time a request"
-    return Sample(name + suffix, 1e6 * cpu_s / max(asked.answered, 1), "us", role, limit and limit + suffix)
 
 
 def _times(name: str, asked: Asked, role: Role, limit: str = "", note: str = "") -> Iterator[Sample]:

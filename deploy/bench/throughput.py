@@ -104,8 +104,8 @@ def steady(turn: Callable[[], None], passed: Callable[[], int], count: int, seco
     marks = [(time.perf_counter(), 0)]
     while marks[-1][1] < count and marks[-1][0] - marks[0][0] < seconds:
         turn()
-        if passed() > marks[-1][1]:
-            marks.append((time.perf_counter(), passed()))
+        if (now := passed()) > marks[-1][1]:
+            marks.append((time.perf_counter(), now))
     return pace(marks)
 
 
