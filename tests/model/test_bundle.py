@@ -69,7 +69,7 @@ def replace_weights(directory: Path, content: bytes) -> None:
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_a_loaded_model_forecasts_bit_for_bit_as_the_saved_one(tmp_path: Path, cell: str) -> None:
     config = ModelConfig(season=4, horizon=6, covariates=("temperature",), hidden_size=8, cell=cell)
-    ours = random_forecaster(config, seed=3)
+    ours = random_forecaster(config, seed=3).requires_grad_(False)  # else, on an AMD processor, torch rounds otherwise
     save_bundle(tmp_path, ours, name="load", training={}, scores={})
     theirs = load_bundle(tmp_path).forecaster
     random = torch.Generator().manual_seed(0)

@@ -90,7 +90,7 @@ def assert_same_states(found: Rows, expected: Rows, tolerance: float) -> None:
         "waiting_offsets": scale,
         "gates": 50.0,  # a float16 is one of 1,024 steps
         # Sums of products of either sign: their rounding is that of the largest.
-        "moment": 1 + expected["gram"].flatten(1).amax(1) if "gram" in expected else 1.0,
+        **dict.fromkeys(("gram", "moment"), 1 + expected["gram"].flatten(1).amax(1) if "gram" in expected else 1.0),
     }
     for name, rows in expected.items():
         unit = units.get(name, 1.0)
