@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from service import interpreter
 from service.engine import Engine, timed
 from service.errors import AbortedError, DisconnectedError, LostStateError
 from service.metrics import Metrics
@@ -270,7 +271,9 @@ class Worker:
 
     def _process(self, batch: Batch) -> None:
         batch = {partition: records for partition, records in batch.items() if partition in self._keepers}
-        self._consumed.inc(sum(map(len, batch.values())))
+        count = sum(map(len, batch.values()))
+        interpreter.expect(count)
+        self._consumed.inc(count)
         for partition in [p for p in batch if self._suspect(p)]:  # first: whoever comes before it is not to blame
             self._process_alone(partition, batch.pop(partition))
         unproven = {p: Trial(self._trials[p].lives + 1, batch[p][-1].offset + 1) for p in batch if p in self._trials}

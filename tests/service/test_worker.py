@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from model.bundle import Bundle, load_bundle
 from model.grid import Grid
+from service import interpreter
 from service.engine import Engine
 from service.metrics import Metrics
 from service.records import Outgoing
@@ -71,3 +73,14 @@ def test_forecasts_go_to_kafka_while_others_are_still_computed(bundle: Bundle) -
 def test_no_transaction_is_open_while_a_batch_is_computed_that_would_outlast_it(bundle: Bundle) -> None:
     a_minute_later = itertools.count(step=60)
     assert followed(bundle, lambda: next(a_minute_later)).taken == []
+
+
+def test_python_is_told_that_batches_are_small(bundle: Bundle) -> None:
+    """Else what few leave behind is looked for all at once, and felt (tests/service/test_interpreter.py)."""
+    threshold = gc.get_threshold()
+    interpreter.prepare()
+    try:
+        followed(bundle, itertools.count().__next__)
+        assert gc.get_threshold()[0] == interpreter.YOUNG_LEAST
+    finally:
+        gc.set_threshold(*threshold)
