@@ -166,6 +166,30 @@ class _Parser(httptools.HttpRequestParser):
         return b"\r\n".join((*lines, b"", b""))
 
 
+class _Together:
+    """A transport by which all goes at once that is written in one turn of the event loop, as an answer's head and body
+    are. Each by itself would be a call of the system, the dearest part of an answer.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self._written = transport, list[bytes]()
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if not self._written:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._written.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._written:
+            self._transport.write(b"".join(self._written))
+            self._written.clear()
+
+
 class _Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, which would wait for ever for a request's headers, and take any number of them; this one
     closes such connections.
@@ -180,6 +204,7 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.transport = _Together(transport)  # type: ignore[assignment]
         self._await_head()
 
     def data_received(self, data: bytes) -> None:

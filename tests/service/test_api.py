@@ -583,6 +583,22 @@ def raw(api: Running, *parts: bytes) -> bytes:
     return received
 
 
+def test_an_answer_comes_in_one_piece(api: Running) -> None:
+    """Its head and its body each by itself would be sent, and received, twice."""
+    body = b'{"stream": "%s"}' % EXAMPLE_STREAM.encode()
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with connect(api) as connection:
+        for asked in range(1, 4):
+            connection.sendall(head % len(body) + body)
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200 ")
+            assert segments(connection) == asked
+
+
+def segments(connection: socket.socket) -> int:
+    """How many pieces of data came in: tcpi_data_segs_in of Linux's tcp_info."""
+    return int(struct.unpack_from("I", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 152)[0])
+
+
 LEAF = (
     st.none()
     | st.booleans()
