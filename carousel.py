@@ -6,6 +6,7 @@ import inspect
 import logging
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin
@@ -38,6 +39,8 @@ Timezone = Annotated[
     str | None, typer.Option(help="Zone of times without an offset, such as Europe/Berlin.  \\[default: UTC]")
 ]
 AS_TRAINED = "  \\[default: as in the table that the bundle was trained on]"
+FORECASTS_ONLY, LABELS_ONLY = ("horizon", "quantiles", "test", "trials", "resume"), ("label_column",)
+"""Options of `train` that one of its tasks alone has a use for."""
 ItsIdColumn = Annotated[str | None, typer.Option(help=f"Column that names the series.{AS_TRAINED}")]
 ItsTimeColumn = Annotated[str | None, typer.Option(help=f"Column with the time.{AS_TRAINED}")]
 ItsValueColumn = Annotated[str | None, typer.Option(help=f"Column with the value.{AS_TRAINED}")]
@@ -82,6 +85,7 @@ def demo(
 
 @app.command()
 def train(
+    context: typer.Context,
     table: Table,
     out: Annotated[Path, typer.Option(help="Directory to write the bundle to.")],
     id_column: IdColumn = "unique_id",
@@ -135,6 +139,7 @@ def train(
 
     Example: carousel train sales.csv --id-column shop --time-column day --value-column sold --out models/sales
     """
+    refuse(context, FORECASTS_ONLY if task != "forecast" else LABELS_ONLY, f"--task {task}")
     if task != "forecast":
         from training.classify import ClassifyConfig, fit_classifier
 
@@ -547,6 +552,14 @@ def columns_of(
         ",".join(bundle.config.covariates) if bundle and covariates is None else covariates or "",
         timezone or known["timezone"],
     )
+
+
+def refuse(context: typer.Context, options: Sequence[str], beside: str) -> None:
+    """Raises CarouselError if one of these was given, which would be of no effect."""
+    for option in options:
+        source = context.get_parameter_source(option)
+        if source and source.name != "DEFAULT":
+            raise CarouselError(f"--{option.replace('_', '-')} means nothing with {beside}: leave it out")
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

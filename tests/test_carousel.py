@@ -76,6 +76,16 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     assert "shop" in line
 
 
+@pytest.mark.parametrize(
+    ("task", "option", "value"),
+    [("classify", "--trials", 3), ("regress", "--horizon", 24), ("forecast", "--label-column", "y")],
+)
+def test_an_option_that_would_be_of_no_effect(tmp_path: Path, task: str, option: str, value: object) -> None:
+    line = refused("train", tmp_path / "some.csv", "--out", tmp_path / "model", "--task", task, option, value)
+    assert option in line
+    assert f"--task {task}" in line
+
+
 def test_a_bundle_knows_the_columns_of_its_table(tmp_path: Path) -> None:
     loaded = load_bundle(random_bundle(tmp_path, covariates=("rain",)))
     told = {"id_column": "shop", "time_column": "day", "value_column": "sold", "timezone": "Europe/Berlin"}
