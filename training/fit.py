@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import pickle
-import re
 import shutil
 import signal
 import threading
@@ -35,7 +34,7 @@ from pytorch_lightning.callbacks import (
 from rich.console import Console
 from torch import Tensor
 
-from model.bundle import Bundle, save_bundle
+from model.bundle import Bundle, bundle_name, save_bundle
 from model.config import Cell, ModelConfig
 from model.errors import CarouselError
 from model.features import YEAR_MS
@@ -47,6 +46,7 @@ from training.module import TrainingModule
 from training.regression import fit_regression, rank_of
 from training.series import Series, infer_grid, infer_season, parse_step, to_grid
 from training.table import Columns, Observed, read_table
+from training.threads import threads
 from training.windows import Split, WindowData, WindowOptions, cut, find_split
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def prepare(table: Path | Sequence[Observed], columns: Columns, config: TrainCon
 
 def train(prepared: Prepared, config: TrainConfig, callbacks: Sequence[Callback] = ()) -> Trained:
     """Train; the part that is held back changes nothing of what comes out."""
-    with _threads(config.threads):
+    with threads(config.threads):
         torch.manual_seed(config.seed)
         forecaster = Forecaster(prepared.model_config)
         data = WindowData(forecaster, prepared.series, prepared.split, config.windows, config.seed)
@@ -176,14 +176,14 @@ def train(prepared: Prepared, config: TrainConfig, callbacks: Sequence[Callback]
 def finish(prepared: Prepared, trained: Trained, config: TrainConfig, more: Mapping[str, Any] | None = None) -> Bundle:
     """Fit the regression beside what was trained, backtest and write the bundle. more: what else to tell of it."""
     series, split, forecaster = prepared.series, prepared.split, trained.forecaster
-    with _threads(config.threads):
+    with threads(config.threads):
         share = fit_regression(forecaster, series, split, config.seed)
         result = backtest(forecaster, series, [split.test_start(len(each.y)) for each in series])
     seconds = time.monotonic() - prepared.started_s
     bundle = save_bundle(
         config.out,
         forecaster,
-        name=_name(config.name or config.out.resolve().name),
+        name=bundle_name(config.name or config.out.resolve().name),
         training={
             **prepared.table,
             "series": len({each.unique_id for each in series}),
@@ -202,22 +202,8 @@ def finish(prepared: Prepared, trained: Trained, config: TrainConfig, more: Mapp
     return bundle
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _finite(scores: Scores) -> dict[str, float]:
     return {name: value for name, value in dataclasses.asdict(scores).items() if math.isfinite(value)}
-
-
-def _name(wanted: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("._-")[:64] or "carousel"
 
 
 def options(config: TrainConfig) -> dict[str, Any]:

@@ -9,10 +9,12 @@ import torch
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many threads; afterwards as many as before. Small steps are done sooner by one than by two that wait."""
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads (None: as many as there are); afterwards as many as before. Small steps are done sooner by one
+    than by two that wait.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
