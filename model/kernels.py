@@ -15,7 +15,7 @@ eight numbers at once. A "row" is a row of the block as float64, float32 and so 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import numba
@@ -37,14 +37,14 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled(function: F) -> F:
+def compiled(function: F, options: Mapping[str, Any] = OPTIONS) -> F:
     """Compiled at the first call, from disk where it was before. numba keeps it beside this file or in the user's
     cache, whichever can be written to; where neither can, it compiles anew in each process.
     """
     try:
-        return cast(F, numba.njit(cache=True, **OPTIONS)(function))
+        return cast(F, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no locator available
-        return cast(F, numba.njit(**OPTIONS)(function))
+        return cast(F, numba.njit(**options)(function))
 
 
 def _fetching(_: Any, array: Any, place: Any) -> Any:

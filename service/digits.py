@@ -6,6 +6,7 @@ First all numbers of a record are made text at once, several by each instruction
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from model.grid import Int64s
+from model.kernels import compiled
 
 ROWS_AT_ONCE = 128
 """Written into one buffer: it stays in the cache."""
@@ -69,7 +71,8 @@ class Form:
         text, ends = np.empty(at_once * row_bytes + len(fields), dtype=np.uint8), np.empty(at_once, dtype=np.int64)
         lines, words = np.empty(self._fields, dtype=np.int64), np.empty((4, count), dtype=np.uint64)
         for start in range(0, len(values), ROWS_AT_ONCE):
-            _write(self._text, self._holes, fields, lines, numbers, decimals, start, words, text, ends)
+            out = words, text, ends
+            _write(self._text, self._holes, fields, lines, numbers, decimals, start, *out)  # type: ignore[no-untyped-call]
             begin = 0
             for end in ends[: len(values) - start].tolist():
                 yield text.data[begin:end].tobytes() or None
@@ -194,7 +197,7 @@ def _put(out, at, text, begin, end):  # type: ignore[no-untyped-def]
     return at + end - begin
 
 
-@njit(cache=True, **OPTIONS)
+@partial(compiled, options=OPTIONS)
 def _write(text, holes, fields, lines, values, decimals, start, words, out, ends):  # type: ignore[no-untyped-def]
     """Write the records from `start` on, as many as there are `ends`, which are filled in: where each has its end. One
     that does not fit has no bytes.
