@@ -30,7 +30,7 @@ from service.errors import Refused
 from service.events import EventHub, Subscription
 from service.guard import PROBLEM_TYPE, Guard, is_json, problem
 from service.metrics import Metrics
-from service.owners import PARTITION_HEADER, PARTITION_PATTERN, Answer, Owners, Question
+from service.owners import PARTITION_HEADER, PARTITION_PATTERN, Answer, Owners, Pulse, Question
 from service.page import add_classifier_page, add_page
 from service.predict import Predictor, arrays_of
 from service.settings import Settings
@@ -69,21 +69,15 @@ Only = Annotated[str | None, Header(alias=PARTITION_HEADER, pattern=PARTITION_PA
 """Set by a worker that passes a request on."""
 
 
-class Pulse(Protocol):
+class Vitals(Pulse, Protocol):
     """What the API asks of the worker."""
-
-    @property
-    def unready(self) -> str: ...
 
     @property
     def alive(self) -> bool: ...
 
-    @property
-    def live(self) -> Partitions: ...
-
 
 def create_app(
-    engine: Engine, worker: Pulse, settings: Settings, metrics: Metrics, hub: EventHub, owners: Owners
+    engine: Engine, worker: Vitals, settings: Settings, metrics: Metrics, hub: EventHub, owners: Owners
 ) -> FastAPI:
     """The API of one worker as an ASGI application; `hub` is where the worker publishes its forecasts, `owners` answers
     about streams, be they this worker's or another's.
@@ -130,7 +124,7 @@ def create_classifier_app(judge: Judge, settings: Settings, metrics: Metrics) ->
     return app
 
 
-def _bare_app(description: str, worker: Pulse, settings: Settings, metrics: Metrics, *inside: Middleware) -> FastAPI:
+def _bare_app(description: str, worker: Vitals, settings: Settings, metrics: Metrics, *inside: Middleware) -> FastAPI:
     """An application that guards itself and tells errors, and has no routes yet. inside: what comes after the guard."""
     app = FastAPI(
         title="Carousel",
@@ -208,7 +202,7 @@ def passed(answer: Answer) -> Response:
     return Response(answer.body, answer.status, answer.headers)
 
 
-def _add_errors(app: FastAPI, worker: Pulse) -> None:
+def _add_errors(app: FastAPI, worker: Vitals) -> None:
     @app.exception_handler(HTTPException)
     async def told(_: Request, error: HTTPException) -> Response:
         """Of Starlette: no such path, or no such method on it."""
@@ -430,7 +424,7 @@ async def _as_written(subscription: Subscription) -> AsyncIterator[bytes]:
         yield told or b": nothing yet\n\n"
 
 
-def _add_operations(app: FastAPI, worker: Pulse, metrics: Metrics) -> None:
+def _add_operations(app: FastAPI, worker: Vitals, metrics: Metrics) -> None:
     # Asynchronous, so that they answer even while every thread for requests is busy.
     @app.get("/livez", summary="Is the worker alive?", response_model=schemas.Health, responses=failures(503))
     async def livez() -> Response:

@@ -101,8 +101,10 @@ def _measure(bench: Bench, point: Point) -> Iterator[Sample]:
         urls = [worker.wait_for_url() for worker in workers]
         traffic = stack.enter_context(traffic_of(settings, point.streams, check))
         until_s = time.perf_counter() + BURST_LIMIT_S
-        while not all(_forecasts([url]) for url in urls) and time.perf_counter() < until_s:
-            traffic.warm_up()  # until each has partitions
+        while not all(_forecasts([url]) for url in urls):  # until each has partitions
+            traffic.warm_up()
+            if time.perf_counter() > until_s:
+                raise BenchError(f"not each of {point.workers} workers got a partition within {BURST_LIMIT_S:g} s")
         yield from _samples(bench, point, workers, urls, traffic)
 
 

@@ -46,6 +46,7 @@ from service.transport.contract import Bounds, Offset, Polled
 from service.transport.group import rejoin_if_renamed
 from service.transport.session import (
     ANSWER_TIMEOUT_MS,
+    BOOTSTRAP_TIMEOUT_MS,
     DEADLINE_S,
     DELIVERY_TIMEOUT_S,
     FETCH_BYTES,
@@ -67,7 +68,6 @@ from service.transport.topics import RECORD_BYTES_MAX, prepare_topics
 
 log = logging.getLogger(__name__)
 
-BOOTSTRAP_TIMEOUT_MS = 5_000
 JOIN_POLL_MS = 100
 CLOSE_TIMEOUT_S = 5
 REST_WAIT_MS = 250

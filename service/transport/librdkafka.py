@@ -34,6 +34,7 @@ from service.transport.contract import Bounds, Offset, Polled
 from service.transport.group import rejoin_if_renamed
 from service.transport.session import (
     ANSWER_TIMEOUT_MS,
+    BOOTSTRAP_TIMEOUT_MS,
     DEADLINE_S,
     DELIVERY_TIMEOUT_S,
     FETCH_BYTES,
@@ -56,7 +57,6 @@ from service.transport.topics import RECORD_BYTES_MAX, prepare_topics
 log = logging.getLogger(__name__)
 librdkafka_log = logging.getLogger("kafka.librdkafka")
 
-BOOTSTRAP_TIMEOUT_MS = 5_000
 ANSWER_TIMEOUT_S = ANSWER_TIMEOUT_MS / 1000
 BEGIN_TIMEOUT_S = 15.0
 METADATA_TIMEOUT_S = 5.0

@@ -21,6 +21,7 @@ DEADLINE_S = 60.0
 UNSETTLED_S = 45.0
 """Nor may this worker be without a settled membership."""
 ANSWER_TIMEOUT_MS = 1_000
+BOOTSTRAP_TIMEOUT_MS = 5_000
 READ_POLL_MS = 100
 READ_RECORDS = 5_000
 METADATA_AGE_MS = 10_000

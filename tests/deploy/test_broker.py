@@ -8,8 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,16 +18,9 @@ from kafka.admin import KafkaAdminClient, NewTopic
 
 from deploy.broker import BrokerConfig, BrokerError, EmbeddedBroker
 from deploy.distribution import Distribution, cache_dir, installed
+from tests.served import until
 
 LIMIT_S = 60.0
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {LIMIT_S:g} s: {what}")
-        time.sleep(0.02)
 
 
 def is_running(pid: int) -> bool:
@@ -64,7 +56,7 @@ def consume(bootstrap_servers: str, topic: str, count: int) -> list[bytes]:
         values.extend(r.value for records in consumer.poll(timeout_ms=5_000).values() for r in records)
         return len(values) >= count
 
-    wait_until(enough, f"{count} records of {topic}")
+    until(f"{count} records of {topic}", enough)
     consumer.close()
     return sorted(values)
 
@@ -202,7 +194,7 @@ def test_of_two_starts_one_fetches_and_the_other_waits(monkeypatch: pytest.Monke
         fcntl.flock(other, fcntl.LOCK_EX)
         second = threading.Thread(target=lambda: found.append(installed(lambda _: None, progress.append)))
         second.start()
-        wait_until(lambda: progress, "the second start to wait")
+        until("the second start to wait", lambda: progress)
         name = next(p.name for p in home.glob("kafka-*") if p.is_dir())
         (cache_dir() / name).mkdir()
     second.join()
@@ -235,11 +227,11 @@ class Foreground:
         self.output.extend(iter(self.process.stdout.readline, ""))
 
     def await_java(self) -> None:
-        wait_until(lambda: children(self.process.pid), "java")
+        until("java", lambda: children(self.process.pid))
         (self.java,) = children(self.process.pid)
 
     def await_ready(self) -> None:
-        wait_until(lambda: any("Apache Kafka 4" in line for line in self.output) or self._ended(), "readiness")
+        until("readiness", lambda: any("Apache Kafka 4" in line for line in self.output) or self._ended())
         assert not self._ended(), self.output
         self.await_java()
 
@@ -279,7 +271,7 @@ def test_ctrl_c_during_the_start_leaves_no_java(foreground: Foreground) -> None:
 def test_java_dies_with_a_killed_parent(foreground: Foreground) -> None:
     foreground.await_ready()
     foreground.send(signal.SIGKILL)
-    wait_until(lambda: not is_running(foreground.java), "the end of java")
+    until("the end of java", lambda: not is_running(foreground.java))
 
 
 def test_the_foreground_tells_that_java_died(foreground: Foreground) -> None:
