@@ -346,7 +346,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
             # Trap 14: it fails where a batch was too large for its topic, and is split, and goes on in two.
             with suppress(KafkaTimeoutError, UnknownError):
                 self._producer.flush(timeout=left_s)
-        failed = [(o, future.exception) for o, future in self._sent if not future.succeeded()]
+        failed = [(o, future.exception) for o, future in self._sent if future.exception]
         self._sent.clear()
         if failed:
             self._blame(*max(failed, key=lambda one: len(one[0].value or b"")))
@@ -478,7 +478,7 @@ class KafkaPython(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 def record_of(r: Any) -> Record:
-    headers = [(str(name), value) for name, value in r.headers]  # str: no _Name goes on from here
+    headers = [(str(name), value) for name, value in r.headers] if r.headers else ()  # str: no _Name goes on from here
     return Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, headers)
 
 
