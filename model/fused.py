@@ -31,7 +31,7 @@ from model.scoring import MEASURES
 from model.state import Schema
 
 PIECE_ROWS = 128
-"""Rows that go through at once. Their states and all operands are some MB."""
+"""Rows that go through at once, at most. Their states and all operands are some MB."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,15 @@ class Stepped:
     issued [B, H, Q] float64: the forecasts as issued, in the series' own units. scores [K, 5] float64: the measures
     (`model.scoring.MEASURES`) of what was settled, summed over the streams. anomaly [B] float64: how odd each value
     was; NaN where nobody can say. opened [B, Q] float64: what had been forecast for this step one step before, as
-    issued.
+    issued. scale [B] float64, steps [B] int64: the stream's scale then, and how many steps it had made.
     """
 
     issued: Tensor
     scores: Tensor
     anomaly: Tensor
     opened: Tensor
+    scale: Tensor
+    steps: Tensor
 
 
 class FusedStep:
@@ -56,6 +58,9 @@ class FusedStep:
     The model's weights are copied: who changes them makes a new one. One thread at a time may step. Raises ValueError
     if the schema lacks a tensor of the follower's.
     """
+
+    widest = PIECE_ROWS
+    """The most rows that go through at once."""
 
     @torch.no_grad()
     def __init__(self, follower: Follower, schema: Schema) -> None:
@@ -109,22 +114,33 @@ class FusedStep:
         self._scratch = _scratch(follower)
         self._found = _found(0, self)
 
-    def advance(self, block: Tensor, rows: Tensor, values: Tensor, ts_ms: Tensor, covariates: Tensor) -> Stepped:
+    def advance(
+        self,
+        block: Tensor,
+        rows: Tensor,
+        values: Tensor,
+        ts_ms: Tensor,
+        covariates: Tensor,
+        ends: Tensor | None = None,
+    ) -> Stepped:
         """Move the streams in these rows on by one step.
 
-        block [R, row_bytes] uint8; rows [B] int64, all different; values [B] float64, NaN where missing; ts_ms [B]
-        int64; covariates [B, K] float64. Raises ValueError, with nothing changed, if one is of another shape or dtype,
-        or a row is not of the block.
+        block [R, row_bytes] uint8; rows [B] int64; values [B] float64, NaN where missing; ts_ms [B] int64; covariates
+        [B, K] float64. ends [P] int64: where each of P pieces ends, of PIECE_ROWS rows at most; None: as wide as can
+        be. Within a piece all rows must be different, but a row may come again in a later one, for its next step.
+        Raises ValueError, with nothing changed, if one is of another shape or dtype, or a row is not of the block.
         """
-        self._check(block, rows, values, ts_ms, covariates)
+        if ends is None:
+            ends = torch.arange(PIECE_ROWS, len(rows) + PIECE_ROWS, PIECE_ROWS).clamp(max=len(rows))
+        self._check(block, rows, values, ts_ms, covariates, ends)
         streams = len(rows)
         if streams > len(self._found[2]):
             self._found = _found(streams, self)
         memory = block.numpy()
-        wave = (rows.numpy(), values.numpy(), ts_ms.numpy(), covariates.numpy())
+        wave = (rows.numpy(), values.numpy(), ts_ms.numpy(), covariates.numpy(), ends.numpy())
         if not kernels.inside(wave[0], len(memory)):
             raise ValueError(f"rows must be of the block's 0 ... {len(memory) - 1}")
-        issued, sums, anomalies, opened = self._found
+        issued, sums, anomalies, opened, scales, steps = self._found
         sums[:] = 0
         kernels.step(
             *(self._at, self._model, memory, wave, self._begin, self._seen, self._weights, self._biases),
@@ -135,6 +151,8 @@ class FusedStep:
             torch.from_numpy(sums),
             torch.from_numpy(anomalies[:streams]),
             torch.from_numpy(opened[:streams]),
+            torch.from_numpy(scales[:streams]),
+            torch.from_numpy(steps[:streams]),
         )
 
     def warm(self) -> None:
@@ -143,7 +161,9 @@ class FusedStep:
         covariates = torch.zeros(1, len(self.config.covariates), dtype=torch.float64)
         self.advance(block, one, torch.zeros(1, dtype=torch.float64), one, covariates)
 
-    def _check(self, block: Tensor, rows: Tensor, values: Tensor, ts_ms: Tensor, covariates: Tensor) -> None:
+    def _check(
+        self, block: Tensor, rows: Tensor, values: Tensor, ts_ms: Tensor, covariates: Tensor, ends: Tensor
+    ) -> None:
         streams = len(rows)
         for name, tensor, dtype, shape in (
             ("block", block, torch.uint8, (len(block), self.schema.row_bytes)),
@@ -151,11 +171,15 @@ class FusedStep:
             ("values", values, torch.float64, (streams,)),
             ("ts_ms", ts_ms, torch.int64, (streams,)),
             ("covariates", covariates, torch.float64, (streams, len(self.config.covariates))),
+            ("ends", ends, torch.int64, (len(ends),)),
         ):
             if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
                 raise ValueError(
                     f"{name} must be contiguous {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}"
                 )
+        widths = np.diff(ends.numpy(), prepend=0, append=streams)
+        if (widths < 0).any() or widths.max() > PIECE_ROWS or widths[-1]:
+            raise ValueError(f"ends must be of pieces of at most {PIECE_ROWS} rows, the last one at {streams}")
 
 
 def _offsets(follower: Follower, schema: Schema) -> Array:
@@ -297,4 +321,6 @@ def _found(streams: int, step: FusedStep) -> tuple[Array, ...]:
         np.zeros((lines, len(MEASURES))),
         np.empty(streams),
         np.empty((streams, count)),
+        np.empty(streams),
+        np.empty(streams, dtype=np.int64),
     )

@@ -848,13 +848,14 @@ def follow(
     heard: raw [n, Q x H], location [n, H], parts [2 n, (1 + r) x H], of which those behind n are of who learns now.
     head: bias [Q x H], shift [H], rest, spread [Q, H]. lines: places [2, K], horizons [K], gain [K, 2], share [2],
     between [K, H], levels [Q], weights [6].
-    scratch: as `model.fused` makes it. found, to be filled: issued [n, Q, H], sums [K, 5], anomaly [n], opened [n, Q].
+    scratch: as `model.fused` makes it. found, to be filled: issued [n, Q, H], sums [K, 5], anomaly [n], opened [n, Q],
+    scales [n], stood [n].
     """
     a, m = at[0], model[0]
     raw, location, parts = heard
     bias, shift, rest, spread = head
     places, horizons, gain, share, between, quantile_levels, weights = lines
-    issued, sums, anomaly, opened = found
+    issued, sums, anomaly, opened, scales, stood = found
     quantiles, softened, missed, factor, own, left_base, left, used, stretch, counts, off, spare, factors, curve = (
         scratch
     )
@@ -864,6 +865,7 @@ def follow(
     for i in range(len(rows)):
         r64, r32, steps = all64[rows[i]], all32[rows[i]], integers[rows[i]][a.steps]
         scale, base = r64[a.scale], r64[a.base : a.base + horizon]
+        scales[i], stood[i] = scale, steps
 
         order(m, raw[i], bias, location[i], shift, quantiles, softened)
         if m.blends:
@@ -968,21 +970,21 @@ def step(
     scratch: tuple[Array, ...],
     found: tuple[Array, ...],
 ) -> None:
-    """All stages for all rows of a wave, in pieces of as many rows as the buffers have: `FusedStep.advance`.
+    """All stages for all rows of a wave, piece by piece: `FusedStep.advance`.
 
-    wave: rows, values, ts_ms, covariates. weights, as `panels` makes them: those of the first layer, of the others
-    [layers - 1, ...], head, shortcut, regression. biases [layers, gates x hidden]. sums, top: the buffers of a layer's
-    sums and of the last one's h.
+    wave: rows, values, ts_ms, covariates, ends of its pieces. weights, as `panels` makes them: those of the first
+    layer, of the others [layers - 1, ...], head, shortcut, regression. biases [layers, gates x hidden]. sums, top: the
+    buffers of a layer's sums and of the last one's h.
     """
     m = model[0]
-    rows, values, ts_ms, covariates = wave
+    rows, values, ts_ms, covariates, ends = wave
     standard, initial = begin
     first, upper, looks, regressors, levels, _ = seen
     first_weights, upper_weights, head_weights, shortcut, maps = weights
     raw, location, parts = heard
-    issued, scores, anomaly, opened = found
-    for start in range(0, len(rows), len(levels)):
-        stop = min(start + len(levels), len(rows))
+    issued, scores, anomaly, opened, scales, stood = found
+    start = 0
+    for stop in ends:
         piece, size = rows[start:stop], stop - start
         wanted = values[start:stop], ts_ms[start:stop], covariates[start:stop]
         regressed = perceive(at, model, block, piece, *wanted, standard, initial, seen)
@@ -1005,5 +1007,13 @@ def step(
         follow(
             *(at, model, block, piece, values[start:stop], ts_ms[start:stop], levels),
             *(heard, head, lines, scratch),
-            (issued[start:stop], scores, anomaly[start:stop], opened[start:stop]),
+            (
+                issued[start:stop],
+                scores,
+                anomaly[start:stop],
+                opened[start:stop],
+                scales[start:stop],
+                stood[start:stop],
+            ),
         )
+        start = stop

@@ -33,7 +33,7 @@ from service.metrics import BatchHistogram, Judged, Metrics
 from service.partition import NOBODY, Bounds, Partition, Taken
 from service.records import Limits, Observations, Outgoing, Record, dead_letter, part, read
 from service.settings import Settings
-from service.waves import turns, waves
+from service.waves import passes, turns, waves
 
 if TYPE_CHECKING:
     from model.fused import FusedStep
@@ -79,6 +79,16 @@ class Moves:
     def latest(self) -> NDArray[np.bool_]:
         """Those after which their stream does not move again."""
         return np.asarray(turns(self.line[::-1])[::-1] == 0)
+
+    @cached_property
+    def anew(self) -> NDArray[np.bool_]:
+        """Those before which there is more to do than to go on from the move before: their row is another, or steps
+        are missing, or it forgets what was.
+        """
+        order = np.argsort(self.line, kind="stable")
+        other = np.zeros(len(order), dtype=np.bool_)
+        other[order[1:]] = np.diff(self.row[order]) != 0
+        return self.afresh | (self.missing > 0) | other
 
     def runs(self, some: Int64s) -> Iterator[Runs]:
         """Some of the moves, by rows."""
@@ -289,9 +299,18 @@ class Engine:
                 partition.settle()
 
     def _advance(self, moves: Moves, *, told: bool) -> Iterator[Sequence[Outgoing]]:
-        """Move rows on in waves, as long as those are wide; what is left after that, run by run. -> the forecasts of
-        each, if they are to be told.
+        """Move rows on: by the compiled step in passes of many waves; else in waves, as long as those are wide, and
+        what is left after that, run by run. -> the forecasts of each, if they are to be told.
         """
+        if self.compiled:
+            most = self.settings.max_wave_rows
+            for some, ends in passes(moves.line, moves.anew, min(self.compiled.widest, most), most):
+                with timed(self.metrics.wave_seconds):
+                    with self.lock:
+                        stepped = self._pass(self.compiled, moves, some, ends)
+                    outgoing = self._told(moves, stepped) if told else ()
+                yield outgoing
+            return
         turn = turns(moves.line)
         wide = _wide(np.bincount(turn))
         early, late = np.flatnonzero(turn < wide), np.flatnonzero(turn >= wide)
@@ -346,32 +365,38 @@ class Engine:
         the states back.
         """
         self.metrics.wave_rows.observe(len(some))
-        row, slot, missing = moves.row[some], moves.slot[some], moves.missing[some]
-        self._start_afresh(row[moves.afresh[some]])
-        self._bridge(row, missing, slot - missing - 1)
+        row = moves.row[some]
+        self._catch_up(moves, some)
         count = self.arena.column("count")[row] + 1
-        if self.compiled:
-            stepped = self._compiled_step(self.compiled, moves, some, row, count)
-        else:
-            here = (np.arange(len(some)), np.zeros(len(some), dtype=np.int64))
-            stepped = self._step(moves, some, row, here, slot, 1, count, told=True)
+        here = (np.arange(len(some)), np.zeros(len(some), dtype=np.int64))
+        stepped = self._step(moves, some, row, here, moves.slot[some], 1, count, told=True)
         self._stand(row, moves, some, count)
         return stepped
 
-    def _compiled_step(self, step: FusedStep, moves: Moves, some: Int64s, row: Int64s, count: Int64s) -> Stepped:
-        """`_step` of one step, by the compiled one: in place in the arena."""
-        seen, index = moves.seen, torch.from_numpy(row)
-        times = grid.times_of(self.config, moves.slot[some], seen.ts_ms[some])
-        observed = (torch.from_numpy(column) for column in (seen.values[some], times, seen.covariates[some]))
-        self.arena.save(index)
+    def _pass(self, step: FusedStep, moves: Moves, some: Int64s, ends: Int64s) -> Stepped:
+        """The same of waves one after the other, by the compiled step, in place in the arena; ends: of each."""
+        self.metrics.wave_rows.observe(np.diff(ends, prepend=0))
+        row, turn = moves.row[some], turns(moves.line[some])
+        head, last = turn == 0, turns(moves.line[some][::-1])[::-1] == 0
+        self._catch_up(moves, some[head])
+        count = self.arena.column("count")[row] + 1 + turn
+        times = grid.times_of(self.config, moves.slot[some], moves.seen.ts_ms[some])
+        columns = (row, moves.seen.values[some], times, moves.seen.covariates[some], ends)
+        self.arena.save(torch.from_numpy(row[head]))
         with timed(self.metrics.step_seconds):
-            stepped = step.advance(self.arena.block, index, *observed)
-        steps, scale = self.arena.column("steps")[row], self.arena.tensors["scale"].numpy()[row]
+            stepped = step.advance(self.arena.block, *map(torch.from_numpy, columns))
+        steps, scale, anomaly = (tensor.numpy().copy() for tensor in (stepped.steps, stepped.scale, stepped.anomaly))
         opened = np.where(steps[:, None] > 1, stepped.opened.numpy(), np.nan)
-        anomaly = stepped.anomaly.numpy().copy()
         self._note(moves, some, row, count, opened, anomaly)
+        self._stand(row[last], moves, some[last], count[last])
         live = steps >= self.config.warmup
         return Stepped(some, count, live, scale, anomaly, stepped.issued.numpy(), stepped.scores.numpy())
+
+    def _catch_up(self, moves: Moves, some: Int64s) -> None:
+        """Bring rows up to the step before these moves, one of each."""
+        row, missing = moves.row[some], moves.missing[some]
+        self._start_afresh(row[moves.afresh[some]])
+        self._bridge(row, missing, moves.slot[some] - missing - 1)
 
     def _burst(self, moves: Moves, together: Runs, *, told: bool) -> list[Stepped]:
         """Move rows through all the moves of their runs, T > 1 steps at a time."""

@@ -127,7 +127,7 @@ class Settings(BaseSettings):
         le=15,
         description="Decimals of a forecast's numbers; by default what the stream's scale deserves.",
     )
-    max_wave_rows: int = Field(4_096, ge=1, description="Most streams advanced in one batched step.")
+    max_wave_rows: int = Field(1_024, ge=1, description="Most observations followed at once; who asks waits for these.")
     compiled: bool = Field(
         True, description="Follow streams by loops that numba compiles, where it is installed (the extra `fast`)."
     )

@@ -1,10 +1,13 @@
-"""A poll's moves in waves: at most one of a row in each, order within a row kept."""
+"""A poll's moves in waves: at most one of a row in each, order within a row kept. Or in passes, of many waves each,
+where one call takes the same streams through all of these.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.grid import Int64s
 
@@ -33,3 +36,40 @@ def waves(turn: Int64s, most: int) -> Iterator[Int64s]:
     for some in np.split(order, np.cumsum(np.bincount(turn))[:-1]) if len(turn) else ():
         for start in range(0, len(some), most):
             yield some[start : start + most]
+
+
+def passes(line: Int64s, anew: NDArray[np.bool_], widest: int, most: int) -> Iterator[tuple[Int64s, Int64s]]:
+    """The moves of these lines [M], in passes of at most `most`: by their numbers, and where each of its waves ends.
+
+    A wave has at most `widest` moves, one of a line, and a line's come in their order. One that is `anew` is the first
+    of its line in its pass. The same lines go through one wave after the other, so that their states are at hand.
+
+    >>> line, anew = np.array([7, 3, 7, 7, 3, 5]), np.array([0, 0, 0, 1, 0, 0]) > 0
+    >>> [(moves.tolist(), ends.tolist()) for moves, ends in passes(line, anew, widest=2, most=4)]
+    [([1, 0, 4, 2], [2, 4]), ([5], [1]), ([3], [1])]
+    """
+    leg = _legs(line, anew)
+    for number in range(int(leg.max(initial=-1)) + 1):
+        some = np.flatnonzero(leg == number)
+        _, whose, counts = np.unique(line[some], return_inverse=True, return_counts=True)
+        rank = np.empty(len(counts), dtype=np.int64)
+        rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))  # with whom there is as much of
+        place, turn = rank[whose], turns(whose)
+        order = np.lexsort((place, turn, place // widest))
+        wave = np.stack((place // widest, turn))[:, order]
+        ends = np.append(np.flatnonzero(np.diff(wave).any(axis=0)) + 1, len(some))
+        start = 0
+        while start < len(some):
+            within = ends[(ends > start) & (ends <= start + most)]
+            yield some[order[start : within[-1]]], within - start
+            start = within[-1]
+
+
+def _legs(line: Int64s, anew: NDArray[np.bool_]) -> Int64s:
+    """Of each move, how many of its line are anew after that line's first and up to it."""
+    order = np.argsort(line, kind="stable")
+    first = np.append(True, np.diff(line[order]) != 0)[: len(line)]
+    passed = np.cumsum(anew[order] & ~first)
+    leg = np.empty(len(line), dtype=np.int64)
+    leg[order] = passed - np.maximum.accumulate(np.where(first, passed, 0))
+    return leg

@@ -197,6 +197,27 @@ def test_an_empty_wave_moves_nobody() -> None:
     assert not found.scores.any()
 
 
+def test_a_row_may_come_again_in_a_later_piece_for_its_next_step() -> None:
+    """What comes out is bit for bit that of a call for each piece."""
+    config = CONFIGS["as the default"]
+    one = follower_of(config)
+    fused, once = FusedStep(one, one.schema), one.schema.block(STREAMS)
+    series, piece_of = series_of(config, 5, 40), np.random.default_rng(6)
+    again, alone, wave, ends = once.clone(), list[Stepped](), list[tuple[Tensor, Block]](), list[int]()
+    for step in range(40):
+        streams = torch.from_numpy(piece_of.permutation(STREAMS)[: piece_of.integers(1, STREAMS + 1)])
+        wave.append((streams, step_of(series, streams, step)))
+        ends.append((ends[-1] if ends else 0) + len(streams))
+        found = stepped(fused, once, *wave[-1])
+        alone.append(Stepped(*(tensor.clone() for tensor in dataclasses.astuple(found))))
+    columns = [torch.cat(parts) for parts in zip(*[(s, b.values[:, 0], b.ts_ms[:, 0]) for s, b in wave], strict=True)]
+    together = fused.advance(again, *columns, torch.empty(len(columns[0]), 0).double(), torch.tensor(ends))
+    assert torch.equal(again, once)
+    for name in ("issued", "anomaly", "opened", "scale", "steps"):
+        expected = torch.cat([getattr(each, name) for each in alone])
+        torch.testing.assert_close(getattr(together, name), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
     one = follower_of(CONFIGS["gru without a grid"])
     fused, rows = FusedStep(one, one.schema), one.schema.block(3)
@@ -218,6 +239,9 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
         ("values", torch.zeros(3).double()),
         ("ts_ms", torch.zeros(2).double()),
         ("covariates", torch.zeros(2, 1).double()),
+        ("ends", torch.tensor([1])),
+        ("ends", torch.tensor([2, 1, 2])),
+        ("ends", torch.tensor([1.0, 2.0])),
     ):
         with pytest.raises(ValueError, match=f"^{name} must be "):
             fused.advance(**{**fits, name: odd})
