@@ -117,7 +117,10 @@ class Metrics:
         self.evicted = {reason: evicted.labels(reason) for reason in ("full", "idle")}
         self.wave_rows = BatchHistogram("carousel_wave_rows", "Streams advanced together in a wave.", ROWS, registry)
         self.wave_seconds = BatchHistogram(
-            "carousel_wave_duration_seconds", "Time of waves that go together: gather, advance, scatter, encode.", SECONDS, registry
+            "carousel_wave_duration_seconds",
+            "Time of waves that go together: gather, advance, scatter, encode.",
+            SECONDS,
+            registry,
         )
         self.step_seconds = BatchHistogram(
             "carousel_step_duration_seconds", "Time of the model's step in waves that go together.", SECONDS, registry
