@@ -37,6 +37,7 @@ from service.waves import passes, turns, waves
 
 if TYPE_CHECKING:
     from model.fused import FusedStep
+    from model.fused import Stepped as FusedStepped
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +81,18 @@ class Moves:
         """Those after which their stream does not move again."""
         return np.asarray(turns(self.line[::-1])[::-1] == 0)
 
-    @cached_property
-    def anew(self) -> NDArray[np.bool_]:
-        """Those before which there is more to do than to go on from the move before: their row is another, or steps
-        are missing, or it forgets what was.
+    def passes(self, widest: int, most: int) -> Iterator[tuple[Int64s, Int64s, Int64s]]:
+        """All their steps, the missing ones before each too, in passes (see `waves.passes`). -> of each step the move
+        that it is or leads to, and how many steps before that; where each wave of the pass ends.
         """
+        move = np.repeat(np.arange(len(self.row)), self.missing + 1)
+        before = np.repeat(np.cumsum(self.missing + 1) - 1, self.missing + 1) - np.arange(len(move))
         order = np.argsort(self.line, kind="stable")
         other = np.zeros(len(order), dtype=np.bool_)
         other[order[1:]] = np.diff(self.row[order]) != 0
-        return self.afresh | (self.missing > 0) | other
+        anew = (self.afresh | other)[move] & (before == self.missing[move])
+        for some, ends in passes(self.line[move], anew, widest, most):
+            yield move[some], before[some], ends
 
     def runs(self, some: Int64s) -> Iterator[Runs]:
         """Some of the moves, by rows."""
@@ -304,10 +308,10 @@ class Engine:
         """
         if self.compiled:
             most = self.settings.max_wave_rows
-            for some, ends in passes(moves.line, moves.anew, min(self.compiled.widest, most), most):
+            for steps in moves.passes(min(self.compiled.widest, most), most):
                 with timed(self.metrics.wave_seconds):
                     with self.lock:
-                        stepped = self._pass(self.compiled, moves, some, ends)
+                        stepped = self._pass(self.compiled, moves, *steps)
                     outgoing = self._told(moves, stepped) if told else ()
                 yield outgoing
             return
@@ -365,38 +369,46 @@ class Engine:
         the states back.
         """
         self.metrics.wave_rows.observe(len(some))
-        row = moves.row[some]
-        self._catch_up(moves, some)
+        row, slot, missing = moves.row[some], moves.slot[some], moves.missing[some]
+        self._start_afresh(row[moves.afresh[some]])
+        self._bridge(row, missing, slot - missing - 1)
         count = self.arena.column("count")[row] + 1
         here = (np.arange(len(some)), np.zeros(len(some), dtype=np.int64))
-        stepped = self._step(moves, some, row, here, moves.slot[some], 1, count, told=True)
+        stepped = self._step(moves, some, row, here, slot, 1, count, told=True)
         self._stand(row, moves, some, count)
         return stepped
 
-    def _pass(self, step: FusedStep, moves: Moves, some: Int64s, ends: Int64s) -> Stepped:
-        """The same of waves one after the other, by the compiled step, in place in the arena; ends: of each."""
-        self.metrics.wave_rows.observe(np.diff(ends, prepend=0))
-        row, turn = moves.row[some], turns(moves.line[some])
-        head, last = turn == 0, turns(moves.line[some][::-1])[::-1] == 0
-        self._catch_up(moves, some[head])
-        count = self.arena.column("count")[row] + 1 + turn
-        times = grid.times_of(self.config, moves.slot[some], moves.seen.ts_ms[some])
-        columns = (row, moves.seen.values[some], times, moves.seen.covariates[some], ends)
+    def _pass(self, step: FusedStep, moves: Moves, move: Int64s, before: Int64s, ends: Int64s) -> Stepped:
+        """The same of waves one after the other, by the compiled step, in place in the arena. Their steps are `before`
+        steps before these moves, and are missing unless that is 0; ends: of each wave.
+        """
+        row, line, slot, seen = moves.row[move], moves.line[move], moves.slot[move] - before, moves.seen
+        head, last = turns(line) == 0, turns(line[::-1])[::-1] == 0
         self.arena.save(torch.from_numpy(row[head]))
+        self._start_afresh(row[head & moves.afresh[move]])
+        values, covariates = seen.values[move], seen.covariates[move]
+        values[before > 0] = covariates[before > 0] = np.nan
+        columns = (row, values, grid.times_of(self.config, slot, seen.ts_ms[move]), covariates, ends)
         with timed(self.metrics.step_seconds):
             stepped = step.advance(self.arena.block, *map(torch.from_numpy, columns))
-        steps, scale, anomaly = (tensor.numpy().copy() for tensor in (stepped.steps, stepped.scale, stepped.anomaly))
-        opened = np.where(steps[:, None] > 1, stepped.opened.numpy(), np.nan)
-        self._note(moves, some, row, count, opened, anomaly)
-        self._stand(row[last], moves, some[last], count[last])
-        live = steps >= self.config.warmup
-        return Stepped(some, count, live, scale, anomaly, stepped.issued.numpy(), stepped.scores.numpy())
+        self.arena.scatter(torch.from_numpy(row[last]), {"slot": torch.from_numpy(slot[last])})
+        self.metrics.wave_rows.observe(np.diff(ends, prepend=0))
+        self.metrics.bridged.inc(int((before > 0).sum()))
+        return self._stood(moves, move, np.flatnonzero(before == 0), stepped)
 
-    def _catch_up(self, moves: Moves, some: Int64s) -> None:
-        """Bring rows up to the step before these moves, one of each."""
-        row, missing = moves.row[some], moves.missing[some]
-        self._start_afresh(row[moves.afresh[some]])
-        self._bridge(row, missing, moves.slot[some] - missing - 1)
+    def _stood(self, moves: Moves, move: Int64s, here: Int64s, stepped: FusedStepped) -> Stepped:
+        """What the steps `here` brought, which are the moves themselves, written into their rows."""
+        some, anomaly = move[here], stepped.anomaly.numpy()[here]
+        row, turn = moves.row[some], turns(moves.line[some])
+        count = self.arena.column("count")[row] + 1 + turn
+        steps, scale = stepped.steps.numpy()[here], stepped.scale.numpy()[here]
+        opened = np.where(steps[:, None] > 1, stepped.opened.numpy()[here], np.nan)
+        self._note(moves, some, row, count, opened, anomaly)
+        last = turns(moves.line[some][::-1])[::-1] == 0
+        self._stand(row[last], moves, some[last], count[last])
+        issued = stepped.issued.numpy()
+        values = issued if len(here) == len(move) else issued[here]
+        return Stepped(some, count, steps >= self.config.warmup, scale, anomaly, values, stepped.scores.numpy())
 
     def _burst(self, moves: Moves, together: Runs, *, told: bool) -> list[Stepped]:
         """Move rows through all the moves of their runs, T > 1 steps at a time."""

@@ -46,14 +46,14 @@ def passes(line: Int64s, anew: NDArray[np.bool_], widest: int, most: int) -> Ite
 
     >>> line, anew = np.array([7, 3, 7, 7, 3, 5]), np.array([0, 0, 0, 1, 0, 0]) > 0
     >>> [(moves.tolist(), ends.tolist()) for moves, ends in passes(line, anew, widest=2, most=4)]
-    [([1, 0, 4, 2], [2, 4]), ([5], [1]), ([3], [1])]
+    [([0, 1, 2, 4], [2, 4]), ([5], [1]), ([3], [1])]
     """
     leg = _legs(line, anew)
     for number in range(int(leg.max(initial=-1)) + 1):
         some = np.flatnonzero(leg == number)
-        _, whose, counts = np.unique(line[some], return_inverse=True, return_counts=True)
+        _, first, whose, counts = np.unique(line[some], return_index=True, return_inverse=True, return_counts=True)
         rank = np.empty(len(counts), dtype=np.int64)
-        rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))  # with whom there is as much of
+        rank[np.lexsort((first, -counts))] = np.arange(len(counts))  # beside those that have as many
         place, turn = rank[whose], turns(whose)
         order = np.lexsort((place, turn, place // widest))
         wave = np.stack((place // widest, turn))[:, order]
