@@ -42,18 +42,19 @@ def passes(line: Int64s, anew: NDArray[np.bool_], widest: int, most: int) -> Ite
     """The moves of these lines [M], in passes of at most `most`: by their numbers, and where each of its waves ends.
 
     A wave has at most `widest` moves, one of a line, and a line's come in their order. One that is `anew` is the first
-    of its line in its pass. The same lines go through one wave after the other, so that their states are at hand.
+    of its line in its pass. The same lines go through one wave after the other, so that their states are at hand; those
+    with few moves first, so that nobody waits for who has many.
 
     >>> line, anew = np.array([7, 3, 7, 7, 3, 5]), np.array([0, 0, 0, 1, 0, 0]) > 0
     >>> [(moves.tolist(), ends.tolist()) for moves, ends in passes(line, anew, widest=2, most=4)]
-    [([0, 1, 2, 4], [2, 4]), ([5], [1]), ([3], [1])]
+    [([5, 0, 2, 1], [2, 3, 4]), ([4], [1]), ([3], [1])]
     """
     leg = _legs(line, anew)
     for number in range(int(leg.max(initial=-1)) + 1):
         some = np.flatnonzero(leg == number)
         _, first, whose, counts = np.unique(line[some], return_index=True, return_inverse=True, return_counts=True)
         rank = np.empty(len(counts), dtype=np.int64)
-        rank[np.lexsort((first, -counts))] = np.arange(len(counts))  # beside those that have as many
+        rank[np.lexsort((first, counts))] = np.arange(len(counts))
         place, turn = rank[whose], turns(whose)
         order = np.lexsort((place, turn, place // widest))
         wave = np.stack((place // widest, turn))[:, order]

@@ -340,6 +340,17 @@ def test_the_compiled_step_tells_what_the_plain_one_tells(tmp_path: Path) -> Non
     )
 
 
+def test_nobody_waits_for_a_stream_that_catches_up(bundle: Bundle) -> None:
+    """Forecasts go out piece by piece; where few have much to catch up with, the others' come first."""
+    engine = engine_of(bundle, max_wave_rows=100)
+    late = hourly("late", dict.fromkeys(range(2_000), 1.0))
+    others = [one for n in range(300) for one in hourly(f"s{n}", {0: 1.0})]
+    pieces = [[each["stream"] for each in forecasts([*some])] for some in engine.answers([*late, *others])]
+    told = [streams for streams in pieces if streams]
+    assert len(told) >= 20
+    assert {f"s{n}" for n in range(300)} <= {stream for streams in told[:4] for stream in streams}
+
+
 def test_of_each_stream_only_the_latest_forecast_of_a_commit_may_be_written(bundle: Bundle) -> None:
     """The states are as exact: the next forecasts are those of an engine that writes every one."""
     every, latest = engine_of(bundle), engine_of(bundle, emit="latest")
