@@ -1,4 +1,6 @@
-"""Many observations of one stream at a time: T > 1 steps in one go, where single steps would be many and narrow."""
+"""Many observations of one stream at a time: T > 1 steps in one go, where single steps would be many and narrow, and no
+compiled step takes them one after the other.
+"""
 
 from __future__ import annotations
 
