@@ -70,8 +70,8 @@ class Form:
         at_once = min(ROWS_AT_ONCE, len(values))
         text, ends = np.empty(at_once * row_bytes + len(fields), dtype=np.uint8), np.empty(at_once, dtype=np.int64)
         lines, words = np.empty(self._fields, dtype=np.int64), np.empty((4, count), dtype=np.uint64)
+        out = words, text, ends
         for start in range(0, len(values), ROWS_AT_ONCE):
-            out = words, text, ends
             _write(self._text, self._holes, fields, lines, numbers, decimals, start, *out)  # type: ignore[no-untyped-call]
             begin = 0
             for end in ends[: len(values) - start].tolist():
