@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from service.metrics import BatchHistogram, Judged, Metrics
 from service.partition import NOBODY, Bounds, Partition, Taken
 from service.records import Limits, Observations, Outgoing, Record, dead_letter, part, read
 from service.settings import Settings
-from service.waves import passes, turns, waves
+from service.waves import latest, passes, turns, waves
 
 if TYPE_CHECKING:
     from model.fused import FusedStep
@@ -79,7 +79,7 @@ class Moves:
     @cached_property
     def latest(self) -> NDArray[np.bool_]:
         """Those after which their stream does not move again."""
-        return np.asarray(turns(self.line[::-1])[::-1] == 0)
+        return latest(self.line)
 
     def passes(self, widest: int, most: int) -> Iterator[tuple[Int64s, Int64s, Int64s]]:
         """All their steps, the missing ones before each too, in passes (see `waves.passes`). -> of each step the move
@@ -306,30 +306,27 @@ class Engine:
         """Move rows on: by the compiled step in passes of many waves; else in waves, as long as those are wide, and
         what is left after that, run by run. -> the forecasts of each, if they are to be told.
         """
+        for make in self._makings(moves, told=told):
+            with timed(self.metrics.wave_seconds):
+                with self.lock:
+                    made = make()
+                outgoing = [one for stepped in made for one in self._told(moves, stepped)] if told else ()
+            yield outgoing
+
+    def _makings(self, moves: Moves, *, told: bool) -> Iterator[Callable[[], Sequence[Stepped]]]:
+        """The moves in portions, each of which is made in one go."""
+        most = self.settings.max_wave_rows
         if self.compiled:
-            most = self.settings.max_wave_rows
             for steps in moves.passes(min(self.compiled.widest, most), most):
-                with timed(self.metrics.wave_seconds):
-                    with self.lock:
-                        stepped = self._pass(self.compiled, moves, *steps)
-                    outgoing = self._told(moves, stepped) if told else ()
-                yield outgoing
+                yield partial(self._pass, self.compiled, moves, *steps)
             return
         turn = turns(moves.line)
         wide = _wide(np.bincount(turn))
         early, late = np.flatnonzero(turn < wide), np.flatnonzero(turn >= wide)
-        for wave in waves(turn[early], self.settings.max_wave_rows):
-            with timed(self.metrics.wave_seconds):
-                with self.lock:
-                    stepped = self._wave(moves, early[wave])
-                outgoing = self._told(moves, stepped) if told else ()
-            yield outgoing
+        for wave in waves(turn[early], most):
+            yield partial(self._wave, moves, early[wave])
         for together in moves.runs(late):
-            with timed(self.metrics.wave_seconds):
-                with self.lock:
-                    pieces_of = self._burst(moves, together, told=told)
-                outgoing = [one for stepped in pieces_of for one in self._told(moves, stepped)] if told else ()
-            yield outgoing
+            yield partial(self._burst, moves, together, told=told)
 
     def _told(self, moves: Moves, stepped: Stepped) -> list[Outgoing]:
         """The forecasts after these moves, as records."""
@@ -364,7 +361,7 @@ class Engine:
         self._judged.inc(stepped.scores.tolist())
         self.metrics.anomaly.observe(stepped.anomaly[~np.isnan(stepped.anomaly)])
 
-    def _wave(self, moves: Moves, some: Int64s) -> Stepped:
+    def _wave(self, moves: Moves, some: Int64s) -> list[Stepped]:
         """Bring rows up to the step before theirs, settle the open forecasts with what came, advance by one step, write
         the states back.
         """
@@ -376,35 +373,37 @@ class Engine:
         here = (np.arange(len(some)), np.zeros(len(some), dtype=np.int64))
         stepped = self._step(moves, some, row, here, slot, 1, count, told=True)
         self._stand(row, moves, some, count)
-        return stepped
+        return [stepped]
 
-    def _pass(self, step: FusedStep, moves: Moves, move: Int64s, before: Int64s, ends: Int64s) -> Stepped:
+    def _pass(self, step: FusedStep, moves: Moves, move: Int64s, before: Int64s, ends: Int64s) -> list[Stepped]:
         """The same of waves one after the other, by the compiled step, in place in the arena. Their steps are `before`
         steps before these moves, and are missing unless that is 0; ends: of each wave.
         """
         row, line, slot, seen = moves.row[move], moves.line[move], moves.slot[move] - before, moves.seen
-        head, last = turns(line) == 0, turns(line[::-1])[::-1] == 0
+        missing, head = before > 0, turns(line) == 0
         self.arena.save(torch.from_numpy(row[head]))
         self._start_afresh(row[head & moves.afresh[move]])
         values, covariates = seen.values[move], seen.covariates[move]
-        values[before > 0] = covariates[before > 0] = np.nan
+        values[missing] = covariates[missing] = np.nan
         columns = (row, values, grid.times_of(self.config, slot, seen.ts_ms[move]), covariates, ends)
         with timed(self.metrics.step_seconds):
             stepped = step.advance(self.arena.block, *map(torch.from_numpy, columns))
-        self.arena.scatter(torch.from_numpy(row[last]), {"slot": torch.from_numpy(slot[last])})
         self.metrics.wave_rows.observe(np.diff(ends, prepend=0))
-        self.metrics.bridged.inc(int((before > 0).sum()))
-        return self._stood(moves, move, np.flatnonzero(before == 0), stepped)
+        self.metrics.bridged.inc(int(missing.sum()))
+        stood = self._stood(moves, move, np.flatnonzero(~missing), stepped)
+        among = missing & latest(line)  # whose missing steps go on in the next pass
+        self.arena.scatter(torch.from_numpy(row[among]), {"slot": torch.from_numpy(slot[among])})
+        return [stood]
 
     def _stood(self, moves: Moves, move: Int64s, here: Int64s, stepped: FusedStepped) -> Stepped:
         """What the steps `here` brought, which are the moves themselves, written into their rows."""
         some, anomaly = move[here], stepped.anomaly.numpy()[here]
-        row, turn = moves.row[some], turns(moves.line[some])
-        count = self.arena.column("count")[row] + 1 + turn
+        row, line = moves.row[some], moves.line[some]
+        count = self.arena.column("count")[row] + 1 + turns(line)
         steps, scale = stepped.steps.numpy()[here], stepped.scale.numpy()[here]
         opened = np.where(steps[:, None] > 1, stepped.opened.numpy()[here], np.nan)
         self._note(moves, some, row, count, opened, anomaly)
-        last = turns(moves.line[some][::-1])[::-1] == 0
+        last = latest(line)
         self._stand(row[last], moves, some[last], count[last])
         issued = stepped.issued.numpy()
         values = issued if len(here) == len(move) else issued[here]

@@ -26,6 +26,15 @@ def turns(rows: Int64s) -> Int64s:
     return turn
 
 
+def latest(rows: Int64s) -> NDArray[np.bool_]:
+    """Of each of these rows [M], whether it does not stand again.
+
+    >>> latest(np.array([7, 7, 3, 7])).tolist()
+    [False, False, True, True]
+    """
+    return np.asarray(turns(rows[::-1])[::-1] == 0)
+
+
 def waves(turn: Int64s, most: int) -> Iterator[Int64s]:
     """The moves of turn 0, 1, 2 ... by their numbers; at most `most` in a wave.
 

@@ -351,6 +351,17 @@ def test_nobody_waits_for_a_stream_that_catches_up(bundle: Bundle) -> None:
     assert {f"s{n}" for n in range(300)} <= {stream for streams in told[:4] for stream in streams}
 
 
+def test_whoever_looks_between_two_passes_sees_a_stream_as_far_in_time_as_in_steps(bundle: Bundle) -> None:
+    engine, seen = engine_of(bundle, max_wave_rows=4), set[int]()
+    steps, slots = engine.arena.column("steps"), engine.arena.column("slot")
+    for _ in engine.answers(hourly("a", dict.fromkeys([0, 3, 9, 10, 30], 1.0))):
+        row = engine.arena.streams(0)["a"]
+        if steps[row]:
+            assert slots[row] == START_MS // HOUR_MS + steps[row] - 1
+            seen.add(int(steps[row]))
+    assert {4, 8, 12, 16, 31} <= seen, "passes end among missing steps"
+
+
 def test_of_each_stream_only_the_latest_forecast_of_a_commit_may_be_written(bundle: Bundle) -> None:
     """The states are as exact: the next forecasts are those of an engine that writes every one."""
     every, latest = engine_of(bundle), engine_of(bundle, emit="latest")
